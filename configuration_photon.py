@@ -1,0 +1,178 @@
+"""PhotonConfig: Qwen2.5-VL's configuration with one-channel volumes and every constant of the Photon method.
+
+What differs from `Qwen2_5_VLConfig`:
+- its own `model_type`, so that a load without `trust_remote_code=True` refuses instead of building the stock model;
+- the vision tower reads one channel in patches of 14 x 14 x 14 voxels;
+- the scheduler (ITS), its surrogate gradient (SGP), the objectives and the training phases are fields.
+Numbers and names follow the paper (arXiv 2603.25155) and the authors' release.
+"""
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
+)
+
+SALIENCIES = ("logits", "attention")
+SURROGATES = ("release", "taylor")
+
+
+@strict
+class PhotonVisionConfig(Qwen2_5_VLVisionConfig):
+    """Vision tower of Qwen2.5-VL on volumes: `temporal` means depth here, one patch is 14 slices deep."""
+
+    in_channels: int = 1
+    temporal_patch_size: int | list[int] | tuple[int, int] = 14
+    tokens_per_second: int = 2
+
+
+@strict
+class PhotonConfig(Qwen2_5_VLConfig):
+    r"""
+    Args:
+        scheduler_layer (`int`, *optional*, defaults to `num_hidden_layers // 4 - 1`, at least 0):
+            Tokens are scored with this decoder layer's queries and keys and deleted after it. -1: scored with layer
+            0's, deleted before it.
+        saliency (`str`, defaults to `"logits"`):
+            `"logits"`: scaled dot products, as the release. `"attention"`: their softmax over the visual tokens.
+        evict_early_layers (`bool`, defaults to `False`):
+            Whether deleted tokens also leave the caches of layers 0..`scheduler_layer`. The release does so, which
+            makes decoding differ from training; a conversation then answers from the kept tokens alone.
+        threshold_max, threshold_bias_init (`float`):
+            The threshold is `threshold_max * sigmoid(MLP(statistics))`; the MLP's last bias starts at
+            `threshold_bias_init`, so that nearly everything is kept at first.
+        threshold_hidden_divisor (`int`): the MLP is `hidden_size // threshold_hidden_divisor` wide.
+        keep_temperature, keep_cutoff (`float`):
+            Keep probability `sigmoid((saliency - threshold) / keep_temperature)`; kept where above `keep_cutoff`.
+        min_kept_tokens (`int`): at least so many visual tokens stay in a row that has any.
+        saliency_eps, centrality_floor (`float`): guards of the min-max scaling and of the question weights.
+        surrogate (`str`, defaults to `"taylor"`):
+            Sign rule of the gradient that reaches the keep probabilities: `"release"` or `"taylor"` (section 3 of
+            the method; the two push the threshold in opposite directions).
+        surrogate_scale, surrogate_std_floor, surrogate_clip, surrogate_magnitude_min, surrogate_magnitude_max,
+        surrogate_slope_floor, surrogate_eps (`float`): constants of that gradient.
+        band_low, band_high, band_weight (`float`): the mean keep probability is pushed into [band_low, band_high].
+        robust_probability (`float`): share of training rows whose volume is perturbed.
+        robust_shares (`list[float]`):
+            How often each perturbation is drawn: shuffled patches; shuffled patches and voxels; patches zeroed;
+            voxels zeroed; uniform noise; all zero.
+        robust_patch_drop, robust_voxel_drop (`float`): share of patches or voxels zeroed by the third and fourth.
+        flip_probability, flip_eps (`float`): share of training rows that keep what they would drop; its log's guard.
+        soft_start_step, hard_start_step, flip_start_step (`int`):
+            Optimizer steps at which tokens are first weighted, first deleted, first flipped.
+        second_per_grid_ts (`float`, defaults to 14.0):
+            `temporal_patch_size / fps` with one slice a second; a depth step advances the rotary position by
+            `tokens_per_second * second_per_grid_ts` = 28.
+        im_start_token_id, im_end_token_id, user_token_id (`int`, *optional*):
+            Ids of `<|im_start|>`, `<|im_end|>` and the role word `user`, by which the question is found.
+
+    Raises:
+        `StrictDataclassError` (of huggingface_hub) on a wrong type or value, `ValueError` on a misspelt field.
+    """
+
+    model_type = "photon"
+    sub_configs_defaults = {"vision_config": PhotonVisionConfig, "text_config": Qwen2_5_VLTextConfig}
+    keys_to_ignore_at_inference = [
+        "past_key_values", "keep_mask", "keep_index", "keep_prob", "threshold", "saliency", "saliency_logits",
+        "visual_count", "lm_loss", "band_loss",
+    ]  # fmt: skip
+
+    # --- ITS: instruction-conditioned token scheduling
+    scheduler_layer: int | None = None
+    saliency: str = "logits"
+    evict_early_layers: bool = False
+    threshold_max: float | int = 0.9
+    threshold_bias_init: float | int = -5.0
+    threshold_hidden_divisor: int = 8
+    keep_temperature: float | int = 0.2
+    keep_cutoff: float | int = 0.5
+    min_kept_tokens: int = 1
+    saliency_eps: float | int = 1e-8
+    centrality_floor: float | int = 1.0
+    # --- SGP: surrogate gradient propagation
+    surrogate: str = "taylor"
+    surrogate_scale: float | int = 0.8
+    surrogate_std_floor: float | int = 3e-3
+    surrogate_clip: float | int = 1.5
+    surrogate_magnitude_min: float | int = 0.5
+    surrogate_magnitude_max: float | int = 2.0
+    surrogate_slope_floor: float | int = 5e-3
+    surrogate_eps: float | int = 1e-6
+    # --- objectives
+    band_low: float | int = 0.3
+    band_high: float | int = 0.8
+    band_weight: float | int = 1.0
+    robust_probability: float | int = 0.15
+    robust_shares: list[float] | tuple[float, ...] = (0.16, 0.16, 0.16, 0.16, 0.16, 0.20)
+    robust_patch_drop: float | int = 0.8
+    robust_voxel_drop: float | int = 0.9
+    flip_probability: float | int = 0.05
+    flip_eps: float | int = 1e-6
+    # --- phases, by optimizer step
+    soft_start_step: int = 4000
+    hard_start_step: int = 8000
+    flip_start_step: int = 9000
+    # --- positions and the question's place
+    second_per_grid_ts: float | int = 14.0
+    im_start_token_id: int | None = 151644
+    im_end_token_id: int = 151645
+    user_token_id: int | None = 872
+
+    def __post_init__(self, **kwargs):
+        # the parent keeps any unknown name in silence, so that a misspelt constant would be lost
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, PhotonConfig.__annotations__, n=1, cutoff=0.85):
+                raise ValueError(f"unknown field {name!r} of PhotonConfig; did you mean {close[0]!r}?")
+        super().__post_init__(**kwargs)
+        if self.scheduler_layer is None:
+            self.scheduler_layer = max(self.text_config.num_hidden_layers // 4 - 1, 0)
+
+    def validate_scheduler(self):
+        layers = self.text_config.num_hidden_layers
+        if self.scheduler_layer is not None and not -1 <= self.scheduler_layer < layers:
+            raise ValueError(
+                f"scheduler_layer is {self.scheduler_layer}; expected -1 (before the first layer) to {layers - 1} "
+                f"(the decoder has {layers} layers)."
+            )
+        _one_of("saliency", self.saliency, SALIENCIES)
+        _one_of("surrogate", self.surrogate, SURROGATES)
+        if self.text_config.use_sliding_window:
+            raise ValueError(
+                "use_sliding_window is True; a window of places has no meaning once tokens are deleted. "
+                "Set text_config.use_sliding_window=False."
+            )
+        for name in ("keep_temperature", "saliency_eps", "centrality_floor", "surrogate_std_floor", "surrogate_clip",
+                     "surrogate_eps",
+                     "flip_eps", "second_per_grid_ts", "threshold_hidden_divisor", "min_kept_tokens"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0.")
+
+    def validate_ranges(self):
+        for name in ("threshold_max", "keep_cutoff", "robust_probability", "robust_patch_drop", "robust_voxel_drop",
+                     "flip_probability"):  # fmt: skip
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1.")
+        if not 0 <= self.band_low <= self.band_high <= 1:
+            raise ValueError(
+                f"band_low, band_high are {self.band_low}, {self.band_high}; expected 0 <= low <= high <= 1."
+            )
+        if not 0 < self.surrogate_magnitude_min <= self.surrogate_magnitude_max:
+            raise ValueError("expected 0 < surrogate_magnitude_min <= surrogate_magnitude_max.")
+        if len(self.robust_shares) != 6 or min(self.robust_shares) < 0 or abs(sum(self.robust_shares) - 1) > 1e-6:
+            raise ValueError(f"robust_shares is {self.robust_shares}; expected six shares that add up to 1.")
+        if not 0 <= self.soft_start_step <= self.hard_start_step <= self.flip_start_step:
+            raise ValueError(
+                "expected 0 <= soft_start_step <= hard_start_step <= flip_start_step; got "
+                f"{self.soft_start_step}, {self.hard_start_step}, {self.flip_start_step}."
+            )
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
+
+
+__all__ = ["PhotonConfig", "PhotonVisionConfig"]

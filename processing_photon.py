@@ -1,0 +1,322 @@
+"""From scans and a conversation to the model's inputs, and from kept tokens back to the scan.
+
+- `PhotonVolumeProcessor`: a scan to patches of 14 x 14 x 14 voxels on the model's grid;
+- `PhotonProcessor`: that, a tokenizer and a chat template. A content part `{"type": "volume", "path": ...}` is a NIfTI,
+  NRRD or MetaImage file or a DICOM folder; `{"type": "volume", "volume": ...}` an object in memory. `series` and
+  `frame` may stand beside either.
+Volumes travel under the names of Qwen's videos (`pixel_values_videos`, `video_grid_thw`), which generation knows how to
+encode once, expand for beams and drop after the prompt.
+"""
+
+from dataclasses import asdict
+from typing import TypedDict
+
+import numpy as np
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import ProcessorMixin
+
+from .grid_photon import Geometry
+from .grid_photon import model_grid
+from .grid_photon import resample
+from .volume_photon import intensity_window
+from .volume_photon import read_volume
+from .volume_photon import scale_intensity
+
+READ_OPTIONS = ("series", "frame")
+
+
+class PhotonVolumeKwargs(TypedDict, total=False):
+    """Fields that `from_pretrained` may override by name."""
+
+    grid: list | tuple
+    spacing: list | tuple
+    orientation: str
+    modality: str
+    window: list | tuple
+    percentiles: list | tuple
+    scaling: str
+    mean: float | int
+    std: float | int
+    tilt: str
+    gaps: str
+    monochrome1: str
+    fill_nonfinite: float | int | None
+    assume_hu: bool
+    max_voxels: int
+
+
+class PhotonVolumeProcessor(ImageProcessingMixin):
+    r"""
+    Reads a scan and resamples it once, from its own voxels to the model's grid.
+
+    Args:
+        grid (`list[int]`): depth, height, width in voxels. Depth a multiple of `patch_size`, height and width of
+            `patch_size * merge_size`.
+        spacing (`list[float]`): mm between voxels along depth, height, width. The default covers 364 mm each way.
+        orientation (`str`): where the grid's width, height and depth indices grow to, as SimpleITK's DICOMOrient
+            names it. `"LAI"` is the release's RAI with its last axis flipped.
+        modality (`str`): `"auto"`, `"ct"` or `"mr"`. `"auto"` takes the DICOM's word or values that only HU have,
+            and refuses where neither tells.
+        window (`list[float]`): HU that become 0 and 1 in CT; outside the scan is its lower end, air.
+        percentiles (`list[float]`): of the voxels that are not 0, those that become 0 and 1 in MR.
+        scaling (`str`): `"window"`, or `"minmax"` over each volume after clipping, as the release does.
+        mean, std (`float`): subtracted from and divided by after scaling to [0, 1].
+        patch_size, merge_size (`int`): voxels a patch each way; patches a token along height and width.
+        tilt, gaps, monochrome1, fill_nonfinite, assume_hu, max_voxels: how faulty scans are met; see `read_volume`.
+    """
+
+    model_input_names = ["pixel_values_videos", "video_grid_thw"]
+    valid_kwargs = PhotonVolumeKwargs
+
+    def __init__(
+        self,
+        grid=(140, 280, 280),
+        spacing=(2.6, 1.3, 1.3),
+        orientation="LAI",
+        modality="auto",
+        window=(-1000.0, 1000.0),
+        percentiles=(0.5, 99.5),
+        scaling="window",
+        mean=0.0,
+        std=1.0,
+        patch_size=14,
+        merge_size=2,
+        tilt="resample",
+        gaps="refuse",
+        monochrome1="refuse",
+        fill_nonfinite=None,
+        assume_hu=False,
+        max_voxels=2**31,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        block = (patch_size, patch_size * merge_size, patch_size * merge_size)
+        if len(grid) != 3 or any(n <= 0 or n % b for n, b in zip(grid, block, strict=True)):
+            raise ValueError(
+                f"grid is {list(grid)}; expected depth, height, width in voxels, multiples of {', '.join(map(str, block))}."
+            )
+        if scaling not in ("window", "minmax"):
+            raise ValueError(f"scaling is {scaling!r}; expected 'window' or 'minmax'.")
+        if not std > 0:
+            raise ValueError(f"std is {std}; expected a number above 0.")
+        self.grid, self.spacing, self.orientation = list(grid), list(spacing), orientation
+        self.modality, self.window, self.percentiles = modality, list(window), list(percentiles)
+        self.scaling, self.mean, self.std = scaling, mean, std
+        self.patch_size, self.merge_size = patch_size, merge_size
+        self.tilt, self.gaps, self.monochrome1 = tilt, gaps, monochrome1
+        self.fill_nonfinite, self.assume_hu, self.max_voxels = fill_nonfinite, assume_hu, max_voxels
+
+    @property
+    def grid_thw(self):
+        """Patches along depth, height, width."""
+        return [n // self.patch_size for n in self.grid]
+
+    def read(self, source, series=None, frame=None):
+        """One scan, anything that `read_volume` takes.
+
+        Returns: float32 (depth, height, width) as the model sees it, the scan's `Geometry`, the grid's `Geometry`.
+        """
+        image = read_volume(
+            source,
+            series=series,
+            frame=frame,
+            max_voxels=self.max_voxels,
+            tilt=self.tilt,
+            gaps=self.gaps,
+            monochrome1=self.monochrome1,
+            fill_nonfinite=self.fill_nonfinite,
+        )
+        scan = Geometry.of(image)
+        grid = model_grid(scan, self.grid, self.spacing, self.orientation)
+        window = intensity_window(
+            image,
+            modality=self.modality,
+            window=self.window,
+            percentiles=self.percentiles,
+            assume_hu=self.assume_hu,
+        )
+        on_grid = resample(image, grid, window=window, outside=window[0])
+        array = scale_intensity(on_grid, window=window, scaling=self.scaling)
+        return (array - self.mean) / self.std, scan, grid
+
+    def patchify(self, array):
+        """(D, H, W) -> (patches, patch_size^3), in the order of Qwen's videos: (t, h/2, w/2, 2, 2) patches of
+        (depth, height, width)."""
+        t, h, w = self.grid_thw
+        p, m = self.patch_size, self.merge_size
+        array = array.reshape(t, p, h // m, m, p, w // m, m, p)
+        return np.ascontiguousarray(array.transpose(0, 2, 5, 3, 6, 1, 4, 7)).reshape(t * h * w, p**3)
+
+    def __call__(self, volumes, return_tensors=None, **kwargs):
+        """volumes: list of scans, or of dicts of a scan under "path" or "volume" with reading options.
+
+        Returns: `pixel_values_videos` (patches of all scans, patch_size^3) float32, `video_grid_thw` (scans, 3), and
+            `scans`, a list of the geometries: {"scan": ..., "grid": ..., "grid_thw": ...}.
+        """
+        patches, scans = [], []
+        for volume in volumes:
+            source, options = _source(volume)
+            array, scan, grid = self.read(source, **options)
+            patches.append(self.patchify(array))
+            scans.append({"scan": asdict(scan), "grid": asdict(grid), "grid_thw": self.grid_thw})
+        data = {
+            "pixel_values_videos": np.concatenate(patches),
+            "video_grid_thw": np.array([scan["grid_thw"] for scan in scans]),
+            "scans": scans,
+        }
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["scans"])
+
+
+def _source(volume):
+    """A scan and its reading options, from a content part or from the scan itself."""
+    if not isinstance(volume, dict):
+        return volume, {}
+    named = [key for key in ("path", "volume") if key in volume]
+    unknown = set(volume) - {"type", "path", "volume", *READ_OPTIONS}
+    if len(named) != 1 or unknown:
+        raise ValueError(
+            'A volume is {"type": "volume", "path": FILE_OR_FOLDER} or {"type": "volume", "volume": OBJECT}, with '
+            f'"series" and "frame" beside it if need be; got the keys {sorted(volume)}.'
+        )
+    return volume[named[0]], {key: volume[key] for key in READ_OPTIONS if key in volume}
+
+
+class PhotonProcessor(ProcessorMixin):
+    r"""
+    Conversations about volumes to model inputs: `input_ids`, `attention_mask`, `mm_token_type_ids`,
+    `pixel_values_videos`, `video_grid_thw`. The geometry of each scan stays with the result, as `.scans`.
+
+    Args:
+        image_processor (`PhotonVolumeProcessor`): in this slot because it is the one that transformers saves and loads
+            for processors of any kind.
+        tokenizer: of Qwen2.5-VL, or one with the same special tokens.
+    """
+
+    return_mm_token_type_ids = True
+    skip_tensor_conversion = ["scans"]
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.video_token = "<|video_pad|>"
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def video_processor(self):
+        """Volumes go the way of videos; `ProcessorMixin` asks for this name."""
+        return self.image_processor
+
+    @property
+    def model_input_names(self):
+        return super().model_input_names + ["mm_token_type_ids"]
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, volumes=None, **kwargs):
+        """
+        Args:
+            text (`str` or `list[str]`): prompts with one `<|video_pad|>` a scan, as the chat template makes them.
+            volumes: one scan, a list of scans for all prompts in turn, or a list of lists, one a prompt. A scan is
+                anything that `read_volume` takes, or a dict of it with reading options.
+        Returns: `BatchFeature` with an attribute `scans`, a list of geometries for each prompt.
+        Raises: `ValueError` where scans and placeholders do not match, `VolumeError` where a scan cannot be read.
+        """
+        if images is not None or videos is not None or audio is not None:
+            raise ValueError("Photon reads volumes: pass volumes=..., or {'type': 'volume', ...} in a conversation.")
+        rows = None if volumes is None else _rows(volumes)
+        flat = [volume for row in rows or () for volume in row]
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None:
+            counts = [prompt.count(self.video_token) for prompt in texts]
+            if rows is not None and len(rows) == 1 and len(texts) > 1:  # a flat list: dealt out in turn
+                ends = np.cumsum(counts)
+                rows = [flat[end - count : end] for end, count in zip(ends, counts, strict=True)]
+                rows[-1] += flat[ends[-1] :]
+            given = [0] * len(texts) if rows is None else [len(row) for row in rows]
+            if counts != given:
+                raise ValueError(
+                    f"The prompts have {counts} volume placeholders ({self.video_token}), but {given} volumes were "
+                    "passed. Every scan needs one placeholder in its own prompt; the chat template writes them."
+                )
+        out = super().__call__(text=text, videos=flat or None, **kwargs)
+        scans = iter(out.pop("scans", ()))
+        out.scans = [[next(scans) for _ in row] for row in rows or [[] for _ in texts]]
+        return out
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if text is None and videos is None:
+            raise ValueError("Pass text, volumes or both.")
+
+    def _process_videos(self, videos, **kwargs):
+        processed = self.image_processor(videos)
+        counts = processed["video_grid_thw"].prod(-1) // self.image_processor.merge_size**2
+        return processed, [self.video_token * int(count) for count in counts]
+
+    def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
+        images, videos, audios, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
+        rows = [
+            [
+                {key: part[key] for key in part if key != "type"}
+                for message in conversation
+                if not isinstance(message.get("content"), str)
+                for part in message.get("content") or ()
+                if part["type"] == "volume"
+            ]
+            for conversation in conversations
+        ]
+        return images, videos, audios, extra | ({"volumes": rows} if any(rows) else {})
+
+    def keep_map(self, keep_mask, inputs, row=0, volume=0):
+        """Which parts of a scan stayed, as a SimpleITK image (uint8, 1 kept) on the scan's own voxels.
+
+        Args:
+            keep_mask: (B, V) of the model's output.
+            inputs: what this processor returned for the same prompts.
+            row, volume: which prompt, and which of its scans.
+        Raises: `ValueError` where mask and inputs do not belong together.
+        """
+        scans = getattr(inputs, "scans", None)
+        if scans is None:
+            raise ValueError(
+                "inputs carry no geometry (.scans). Pass the BatchFeature that the processor returned, not a plain "
+                "dict made from it."
+            )
+        if not (0 <= row < len(scans) and 0 <= volume < len(scans[row])):
+            raise ValueError(f"There is no scan {volume} in row {row}; rows have {[len(s) for s in scans]} scans.")
+        shapes = [self._tokens_thw(scan) for scan in scans[row]]
+        ends = np.cumsum([np.prod(shape) for shape in shapes])
+        mask = np.asarray(keep_mask[row].cpu() if hasattr(keep_mask, "cpu") else keep_mask[row], dtype=bool)
+        if len(mask) < ends[-1]:
+            raise ValueError(f"keep_mask has {len(mask)} places a row, but row {row} has {ends[-1]} visual tokens.")
+        shape = shapes[volume]
+        tokens = mask[ends[volume] - np.prod(shape) : ends[volume]].reshape(shape).astype(np.uint8)  # (t, h/2, w/2)
+        scan = scans[row][volume]
+        token_grid = coarser(Geometry(**scan["grid"]), self._block)
+        return resample(token_grid.image(tokens), Geometry(**scan["scan"]), outside=0, nearest=True)
+
+    @property
+    def _block(self):
+        """Voxels of a token along depth, height, width."""
+        p, m = self.image_processor.patch_size, self.image_processor.merge_size
+        return p, p * m, p * m
+
+    def _tokens_thw(self, scan):
+        t, h, w = scan["grid_thw"]
+        m = self.image_processor.merge_size
+        return t, h // m, w // m
+
+
+def coarser(grid, block):
+    """The grid of blocks of (D, H, W) = `block` voxels of a grid."""
+    step = np.array(block[::-1])  # x, y, z
+    spacing = np.array(grid.spacing)
+    origin = np.array(grid.origin) + grid.axes @ (spacing * (step - 1) / 2)  # centre of the first block
+    return Geometry(np.array(grid.size) // step, spacing * step, origin, grid.direction)
+
+
+def _rows(volumes):
+    """One scan, a list of scans, or a list of lists -> a list of lists. A tuple is one scan: (array, affine)."""
+    if not isinstance(volumes, list):
+        return [[volumes]]
+    return volumes if volumes and all(isinstance(row, list) for row in volumes) else [volumes]
+
+
+__all__ = ["PhotonProcessor", "PhotonVolumeProcessor"]

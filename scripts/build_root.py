@@ -1,0 +1,116 @@
+"""Build the tiny model at the repository's root: tokenizer, processor, configuration and random weights.
+
+    python scripts/build_root.py [--output DIR]
+
+The tokenizer is a byte-level BPE trained on phantom questions, with Qwen's special tokens. Weights are untrained; a
+training run fills them. Running it again gives the same files.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import phantoms  # noqa: E402
+from convert_photon import build_processor, complete, photon_class  # noqa: E402
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+ROLES = ["system", "user", "assistant", "You are a helpful assistant."]
+VOCABULARY = 1024
+GRID, SPACING = (70, 140, 140), (5.2, 2.6, 2.6)  # voxels and mm: 5 x 5 x 5 = 125 tokens over 364 mm
+HIDDEN, LAYERS, HEADS, KEY_HEADS = 128, 4, 4, 2
+VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 96, 2, 4
+
+
+def corpus():
+    """Questions and answers of a few phantoms, and the chat's fixed words."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows, *_ = phantoms.write_data_set(Path(folder), 24, phantoms.DataConfig(seed=0))
+    for row in rows:
+        for message in row["messages"]:
+            for part in message["content"]:
+                yield part.get("text", "")
+    yield from ROLES * 200
+
+
+def build_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS[1:],
+        padding_side="left",
+        model_max_length=4096,
+    )
+
+
+def build_config(tokenizer):
+    head = HIDDEN // HEADS
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_HEADS,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "depth": VISION_LAYERS,
+        "hidden_size": VISION_HIDDEN,
+        "intermediate_size": 3 * VISION_HIDDEN,
+        "num_heads": VISION_HEADS,
+        "out_hidden_size": HIDDEN,
+        "window_size": 56,
+        "fullatt_block_indexes": [VISION_LAYERS - 1],
+    }
+    config_class = photon_class("configuration_photon.PhotonConfig")
+    return config_class(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT, help="folder to write to (default: the repository)")
+    output = parser.parse_args(argv).output
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    # centred, since the patch embedding has no bias and most of a scan is air
+    processor = build_processor(tokenizer, config, {"grid": GRID, "spacing": SPACING, "mean": 0.5, "std": 0.5})
+    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64, do_sample=False
+    )
+    processor.save_pretrained(output)
+    model.save_pretrained(output)
+    complete(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""A scan -> the model's grid: read, find the grid, interpolate once, scale.
+
+    image = read_volume("scan.nii.gz")                                  # SimpleITK image, LPS world, mm, HU
+    grid = model_grid(Geometry.of(image), size=(140, 280, 280), spacing=(2.6, 1.3, 1.3))
+    window = intensity_window(image, modality="auto")                   # (lo, hi) in the scan's units
+    x = resample(image, grid, window=window, outside=window[0])         # SimpleITK image on the grid
+    x = scale_intensity(x, window=window)                               # float32 (D, H, W) in [0, 1]
+
+The release does it in six steps and two interpolations (orient to RAI, resample to 1 mm, crop or pad to 364^3, clip,
+resize, flip); together they are one affine map, so here they are one interpolation, from the scan's own voxels.
+"""
+
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from .dicom_photon import read_dicom
+from .faults_photon import Findings, VolumeError, VolumeFault, VolumeWarning
+from .files_photon import (
+    INFLATE_ERRORS,
+    RAS_TO_LPS,
+    SUFFIXES,
+    as_scalar,
+    check_shape,
+    choose_frame,
+    damaged,
+    nifti_affine,
+    nifti_unit,
+    read_itk,
+    read_nifti,
+    rescale,
+    sniff,
+    to_image,
+)
+from .grid_photon import Geometry, model_grid, resample
+
+try:
+    import SimpleITK as sitk
+except ImportError:
+    sitk = None
+try:
+    import nibabel as nib
+except ImportError:
+    nib = None
+
+__all__ = ["Geometry", "VolumeError", "VolumeFault", "VolumeWarning", "find_modality", "intensity_window"]
+__all__ += ["model_grid", "read_volume", "resample", "scale_intensity"]
+
+MODALITY_TAG = "0008|0060"  # the key under which SimpleITK keeps the DICOM modality of an image
+MIN_ANGLE = 0.1  # degrees: less is the rounding of a header
+
+
+# === Intensity =======================================================================================================
+
+
+def find_modality(image, modality: str = "auto", *, assume_hu: bool = False) -> str:
+    """What a scan is, "ct" or "mr", never guessed.
+
+    "auto": the DICOM modality where the scan has one; else "ct" where values reach below -500 and above 0, which only
+    HU do; else MODALITY_UNKNOWN. With "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits,
+    nothing below -500, nothing above 0) unless `assume_hu`, meant for crops that lie within the body.
+    """
+    if modality not in ("auto", "ct", "mr"):
+        raise ValueError(f"modality is 'auto', 'ct' or 'mr', got {modality!r}")
+    tag = image.GetMetaData(MODALITY_TAG).strip().upper() if image.HasMetaDataKey(MODALITY_TAG) else ""
+    declared = {"CT": "ct", "MR": "mr"}.get(tag)
+    if tag and (declared is None or modality not in ("auto", declared)):
+        reason = " (SUV needs dose, weight and times, and no model here was trained on it)" if tag == "PT" else ""
+        kind = tag if tag in KNOWN_TAGS else "another kind"
+        raise VolumeError(
+            VolumeFault.MODALITY_UNSUPPORTED,
+            f"The scan says that it is {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
+            "expected. Give such a scan, or set modality to what it is.",
+        )
+    lo, hi = value_range(image)
+    looks_hu = lo < -500 and hi > 0 and image.GetPixelID() not in (sitk.sitkInt8, sitk.sitkUInt8)
+    found = declared or modality
+    if found == "auto" and looks_hu:
+        found = "ct"
+    if found == "auto":
+        raise VolumeError(
+            VolumeFault.MODALITY_UNKNOWN,
+            f"The scan does not say what it is, and its values ({lo:g} to {hi:g}) are not surely HU. "
+            "Set modality to 'ct' or 'mr'.",
+        )
+    if found == "ct" and not looks_hu and not assume_hu:
+        raise VolumeError(
+            VolumeFault.NOT_HU,
+            f"A CT was expected, but the values ({lo:g} to {hi:g}) cannot be HU: air is at -1000 and water at 0. "
+            "Undo the "
+            "scaling (often: add the intercept), or set assume_hu for a crop that lies within the body.",
+        )
+    return found
+
+
+KNOWN_TAGS = {"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "SEG", "RTDOSE", "SC", "OT"}
+
+
+def value_range(image) -> tuple[float, float]:
+    """Smallest and largest value of an image."""
+    array = sitk.GetArrayViewFromImage(image)
+    return float(array.min()), float(array.max())
+
+
+def intensity_window(
+    image, *, modality: str = "auto", window=(-1000.0, 1000.0), percentiles=(0.5, 99.5), assume_hu: bool = False
+) -> tuple[float, float]:
+    """(lo, hi) in the scan's own units that become 0 and 1.
+
+    CT: `window` in HU. MR: `percentiles` of the voxels that are not 0 (0 is what scanners and defacing fill with),
+    which a single bright vessel or spike cannot stretch.
+    """
+    if find_modality(image, modality, assume_hu=assume_hu) == "ct":
+        return float(window[0]), float(window[1])
+    array = sitk.GetArrayViewFromImage(image)
+    array = array[:: 1 + array.shape[0] // 256, :: 1 + array.shape[1] // 256, :: 1 + array.shape[2] // 256]
+    array = array[array != 0]  # every n-th voxel of a large scan has the same percentiles
+    lo, hi = np.percentile(array, percentiles) if array.size else (0.0, 0.0)
+    if not hi > lo:
+        raise VolumeError(
+            VolumeFault.CONSTANT_IMAGE,
+            f"Nearly all voxels that are not 0 have one value ({lo:g}): there is no contrast to scale. Check the "
+            "scan.",
+        )
+    return float(lo), float(hi)
+
+
+def scale_intensity(x, *, window: tuple[float, float], scaling: str = "window") -> np.ndarray:
+    """float32 (D, H, W) in [0, 1] from a resampled image, or an array.
+
+    scaling: "window" maps lo to 0 and hi to 1, the same for every scan; "minmax" the smallest and largest value after
+    clipping to the window (the release's: the same tissue then depends on what else is in view).
+    """
+    x = sitk.GetArrayFromImage(x) if isinstance(x, sitk.Image) else np.array(x)
+    x = x.astype(np.float32, copy=False)
+    if not np.isfinite(x).all():
+        raise VolumeError(VolumeFault.NON_FINITE, "The volume holds NaN or inf; clean it before it is scaled.")
+    lo, hi = (float(window[0]), float(window[1]))
+    np.clip(x, lo, hi, out=x)
+    if scaling == "minmax":
+        lo, hi = float(x.min()), float(x.max())
+    elif scaling != "window":
+        raise ValueError(f"scaling is 'window' or 'minmax', got {scaling!r}")
+    if float(x.min()) == float(x.max()):
+        raise VolumeError(
+            VolumeFault.CONSTANT_IMAGE,
+            f"Within the window {window} the volume has one value, {float(x.min()):g}. Check the scan and the window.",
+        )
+    x -= lo
+    x /= hi - lo
+    return x
+
+
+# === Reading =========================================================================================================
+
+
+def read_volume(
+    source,
+    *,
+    series: int | str | None = None,
+    frame: int | None = None,
+    max_voxels: int = 2**31,
+    tilt: str = "resample",
+    gaps: str = "refuse",
+    monochrome1: str = "refuse",
+    fill_nonfinite: float | None = None,
+) -> "sitk.Image":
+    """Any scan as a 3D scalar SimpleITK image: LPS world, mm, rescaled values (HU for CT), integers where stored so.
+
+    Args:
+        source: path of a .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd file or of a multi-frame DICOM file; folder of one
+            DICOM series; SimpleITK image; nibabel image; or (array, affine) with the array in [i, j, k] and the 4 x 4
+            affine from voxel to RAS+ mm, as in nibabel, MONAI and TorchIO.
+        series: which DICOM series of a folder: its number in the list that the error gives, or its SeriesInstanceUID.
+        frame: which frame (time, phase, echo) of a 4D scan, from 0.
+        max_voxels: more are refused from the header alone.
+        tilt: "resample" (with a warning) or "refuse" a sheared scan.
+        gaps: "refuse" or "interpolate" (with a warning) missing or unevenly spaced slices.
+        monochrome1: "refuse", or what the stored values of a MONOCHROME1 series mean: "as_stored" or "invert".
+        fill_nonfinite: value for NaN and inf, which are refused without it.
+
+    The only metadata of the result is the modality, where DICOM tells it. Raises VolumeError, warns VolumeWarning.
+    """
+    findings = Findings()
+    image = load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, fill_nonfinite)
+    findings.announce()
+    return image
+
+
+def load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, fill_nonfinite) -> "sitk.Image":
+    """What `read_volume` and `inspect_volume` share: the image; warnings and notes go to `findings`."""
+    if sitk is None:
+        raise ImportError("reading scans needs SimpleITK: pip install SimpleITK")
+    for name, value, allowed in (
+        ("tilt", tilt, ("resample", "refuse")),
+        ("gaps", gaps, ("refuse", "interpolate")),
+        ("monochrome1", monochrome1, ("refuse", "as_stored", "invert")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is one of {allowed}, got {value!r}")
+    sizes = {"frame": frame, "max_voxels": max_voxels}
+    try:
+        if isinstance(source, (str, PathLike)):
+            image = _read_path(Path(source), findings, sizes, series=series, gaps=gaps, monochrome1=monochrome1)
+        elif isinstance(source, sitk.Image):
+            image = _from_sitk(source, **sizes)
+        elif nib is not None and isinstance(source, nib.spatialimages.SpatialImage):
+            image = _from_nibabel(source, findings, **sizes)
+        elif isinstance(source, (tuple, list)) and len(source) == 2:
+            image = _from_array(*source, **sizes)
+        else:
+            raise TypeError(
+                f"a path, a SimpleITK image, a nibabel image or (array, affine) was expected, got "
+                f"{type(source).__name__}; "
+                "an array alone has no geometry"
+            )
+        image = _check_values(image, findings, fill_nonfinite)
+    except PermissionError:  # its message holds the path
+        raise VolumeError(
+            VolumeFault.NO_SUCH_FILE, "The file or folder may not be opened with this user's rights. Change them."
+        ) from None
+    except MemoryError:
+        raise VolumeError(
+            VolumeFault.TOO_LARGE,
+            "The scan does not fit into this machine's memory. Crop it, or use a larger machine.",
+        ) from None
+    geometry = Geometry.of(image)
+    _check_shear(geometry, findings, tilt)
+    if geometry.oblique_degrees > MIN_ANGLE:
+        findings.note(VolumeFault.OBLIQUE, f"The axes are {geometry.oblique_degrees:.1f} degrees off the patient's.")
+    return image
+
+
+def _read_path(path: Path, findings: Findings, sizes: dict, **dicom) -> "sitk.Image":
+    suffix = "".join(s for s in path.suffixes[-2:] if s.lower() in (".gz", ".nii")) or path.suffix
+    if path.is_dir():
+        return read_dicom(path, findings, **sizes, **dicom)
+    if not path.is_file():
+        raise VolumeError(VolumeFault.NO_SUCH_FILE, "There is no such file or folder. Check the path.")
+    kind = sniff(path)
+    if kind == "numpy":
+        raise VolumeError(
+            VolumeFault.PICKLED_ARRAY,
+            "A NumPy file has no geometry and may hold a pickle, which could run any code. Load it yourself with "
+            "allow_pickle=False and pass (array, affine).",
+        )
+    if kind == "unknown":
+        raise VolumeError(
+            VolumeFault.NOT_A_SCAN,
+            f"The content of this {suffix.lower() if suffix.lower() in SCAN_SUFFIXES else 'file'} is no scan. "
+            "Expected: "
+            "NIfTI, NRRD, MetaImage, or a folder with a DICOM series.",
+        )
+    name, others = str(path).lower(), tuple(s for k, group in SUFFIXES.items() if k != kind for s in group)
+    if name.endswith(others) or kind != "dicom" and not name.endswith(SUFFIXES[kind]):
+        findings.warn(VolumeFault.MISLABELLED_FILE, f"The content is {kind}, but the suffix says something else.")
+    if kind == "dicom":
+        return read_dicom(path, findings, **sizes, **dicom)
+    if kind == "nifti":
+        return read_nifti(path, findings, **sizes)
+    return read_itk(path, kind, findings, **sizes)
+
+
+SCAN_SUFFIXES = {".nii", ".nii.gz", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".png", ".jpg", ".txt", ".zip"}
+
+
+def _from_sitk(image, *, frame, max_voxels) -> "sitk.Image":
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise VolumeError(VolumeFault.NOT_SCALAR, "The SimpleITK image has several numbers a voxel; a scan has one.")
+    check_shape(image.GetSize(), max_voxels)
+    if image.GetDimension() == 4:
+        image = image[:, :, :, choose_frame(image.GetSize()[3], frame)]
+    else:
+        choose_frame(1, frame)
+    tag = image.GetMetaData(MODALITY_TAG) if image.HasMetaDataKey(MODALITY_TAG) else ""
+    foreign = set(image.GetMetaDataKeys()) - {MODALITY_TAG}
+    if foreign or image.GetPixelID() in (sitk.sitkFloat64, sitk.sitkInt64, sitk.sitkUInt64):
+        geometry = Geometry.of(image)
+        image = to_image(sitk.GetArrayViewFromImage(image), _affine_of(geometry))  # leaves a DICOM header behind
+        if tag:
+            image.SetMetaData(MODALITY_TAG, tag)
+    return image
+
+
+def _affine_of(geometry: Geometry) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = geometry.axes * np.array(geometry.spacing)
+    affine[:3, 3] = geometry.origin
+    return affine
+
+
+def _from_nibabel(image, findings, *, frame, max_voxels) -> "sitk.Image":
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    check_shape(shape, max_voxels)
+    index = choose_frame(shape[3] if len(shape) == 4 else 1, frame)
+    if image.affine is None:
+        raise VolumeError(VolumeFault.NO_GEOMETRY, "The nibabel image has no affine. Give it one.")
+    affine = np.array(image.affine, dtype=np.float64)
+    if isinstance(image, nib.Nifti1Pair):
+        nifti_affine(image.header, findings)  # refuses a header without a place, warns where its two places differ
+        affine[:3] *= nifti_unit(image.header)
+    array = _nibabel_voxels(image.dataobj, (slice(None),) * 3 + (index,) + (0,) * (len(image.shape) - 4))
+    return to_image(array.transpose(2, 1, 0), RAS_TO_LPS @ affine)
+
+
+def _nibabel_voxels(data, cut: tuple) -> np.ndarray:
+    try:
+        if nib.is_proxy(data) and len(data.shape) == 3 and getattr(data, "slope", None) is not None:
+            return rescale(as_scalar(data.get_unscaled()), data.slope, data.inter)  # nibabel scales in float64
+        return np.asanyarray(data[cut[: len(data.shape)]])
+    except INFLATE_ERRORS:
+        raise damaged("it ends too early, or its checksum fails") from None
+
+
+def _from_array(array, affine, *, frame, max_voxels) -> "sitk.Image":
+    array, affine = np.asarray(array), np.asarray(affine, dtype=np.float64)
+    if affine.shape != (4, 4):
+        raise VolumeError(
+            VolumeFault.NO_GEOMETRY, f"(array, affine) needs a 4 x 4 affine to RAS+ mm, got shape {affine.shape}."
+        )
+    check_shape(array.shape, max_voxels)
+    index = choose_frame(array.shape[3] if array.ndim == 4 else 1, frame)
+    array = array if array.ndim == 3 else array[..., index]
+    return to_image(array.transpose(2, 1, 0), RAS_TO_LPS @ affine)
+
+
+# === Checks that every source passes
+# ==================================================================================
+
+
+def _check_values(image, findings: Findings, fill: float | None) -> "sitk.Image":
+    lo, hi = value_range(image)
+    if not (np.isfinite(lo) and np.isfinite(hi)):
+        array = sitk.GetArrayFromImage(image)
+        bad = ~np.isfinite(array)
+        if fill is None:
+            raise VolumeError(
+                VolumeFault.NON_FINITE,
+                f"{int(bad.sum())} of {bad.size} voxels are NaN or inf. Clean the scan, or say with fill_nonfinite "
+                "what they stand for (air: -1000).",
+            )
+        findings.warn(VolumeFault.NON_FINITE, f"{int(bad.sum())} of {bad.size} voxels were NaN or inf, now {fill:g}.")
+        array[bad] = fill
+        filled = sitk.GetImageFromArray(array)
+        filled.CopyInformation(image)
+        if image.HasMetaDataKey(MODALITY_TAG):
+            filled.SetMetaData(MODALITY_TAG, image.GetMetaData(MODALITY_TAG))
+        image, (lo, hi) = filled, value_range(filled)
+    if lo == hi:
+        raise VolumeError(VolumeFault.CONSTANT_IMAGE, f"All voxels are {lo:g}: this is no scan. Check the export.")
+    return image
+
+
+def _check_shear(geometry: Geometry, findings: Findings, tilt: str) -> None:
+    shear = np.degrees(np.arcsin(np.clip(np.abs(geometry.axes.T @ geometry.axes - np.eye(3)).max(), 0, 1)))
+    if shear < MIN_ANGLE:
+        return
+    known = [f for f in findings if f.fault == VolumeFault.GANTRY_TILT]
+    fault = VolumeFault.GANTRY_TILT if known else VolumeFault.SHEARED_AFFINE
+    if tilt == "refuse":
+        raise VolumeError(fault, f'The axes are {shear:.2f} degrees from square. Pass tilt="resample" to read it.')
+    if not known:
+        findings.warn(fault, f"The axes are {shear:.2f} degrees from square; resampled through the full affine.")
