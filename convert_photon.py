@@ -238,7 +238,7 @@ def main(argv=None):
         model, volume_fields = from_qwen(folder, args.random_patch_embed)
     args.output.mkdir(parents=True, exist_ok=True)
     with_processor = save_processor(folder, args.output, model.config, volume_fields)
-    model.save_pretrained(args.output)
+    model.save_pretrained(args.output, save_original_format=False)  # under our names, not those of the source
     complete(args.output)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e6:.1f} M parameters, scheduling layer {model.config.scheduler_layer}.", file=sys.stderr)

@@ -34,7 +34,7 @@ from .configuration_photon import PhotonConfig
 from .objectives_photon import Objective
 from .objectives_photon import answer_losses
 from .objectives_photon import band_losses
-from .scheduling_photon import ThresholdPredictor
+from .scheduling_photon import Float32Linear
 from .scheduling_photon import TokenScheduler
 from .scheduling_photon import cut_index
 from .scheduling_photon import gather_places
@@ -181,8 +181,8 @@ class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, ThresholdPredictor):
-            init.constant_(module.mlp[-1].bias, module.bias_init)
+        if isinstance(module, Float32Linear):
+            init.constant_(module.bias, module.bias_init)
 
 
 class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
@@ -384,6 +384,16 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             raise ValueError(f"phase is {phase!r}; expected one of {', '.join(map(repr, PHASES))}.")
         self.language_model.scheduler_phase = phase
 
+    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
+        """As the parent's: patches of all volumes (N, voxels) and their grids (volumes, 3) to one tensor a volume."""
+        patches = 0 if video_grid_thw is None else int(video_grid_thw.prod(-1).sum())
+        if len(pixel_values_videos) != patches:
+            raise ValueError(
+                f"pixel_values_videos has {len(pixel_values_videos)} patches, but video_grid_thw counts {patches}; the "
+                "two must match. Pass both as the processor returns them."
+            )
+        return super().get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
     def get_rope_index(
         self, input_ids=None, mm_token_type_ids=None, image_grid_thw=None, video_grid_thw=None,
         second_per_grid_ts=None, attention_mask=None, **kwargs,
@@ -490,8 +500,9 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
                 "Got inputs_embeds without visual_mask and question_mask (B, S), which tell the scheduler where the "
                 "scan and the question are. Pass them, pass input_ids, or set use_scheduler=False."
             )
-        has_scan = visual is not None and bool(visual.any())
         given = pixel_values_videos is not None or bool(mm_encoder_outputs) or kwargs.get("pixel_values") is not None
+        # later on, the mark of a volume can only be a word that the model wrote
+        has_scan = visual is not None and (fresh or given) and bool(visual.any())
         if has_scan and not fresh:
             raise ValueError(
                 "Volume tokens came with a cache that already holds a conversation; scans are read in the first call "
@@ -511,6 +522,8 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             # encoded here, so that the arguments of the decoder do not reach the vision tower's attention
             mm_encoder_outputs = dict(mm_encoder_outputs or {})
             mm_encoder_outputs["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
+        if self.training and not given:
+            inputs_embeds = self._with_vision_touched(input_ids, inputs_embeds)
         schedule = {}
         if has_scan and use_scheduler:
             if question_mask is None:
@@ -540,6 +553,19 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             # with the cache, not with the model alone: another scan may be asked about before this one goes on
             outputs.past_key_values.rope_deltas = self.rope_deltas
         return outputs
+
+
+    def _with_vision_touched(self, input_ids, inputs_embeds):
+        """The embeddings, unchanged, but with a gradient of 0 for the vision tower: as for the scheduler, a rank whose
+        batch has no scan must take part in the reduction."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        vision, merge = self.config.vision_config, self.config.vision_config.spatial_merge_size
+        voxels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = torch.tensor([[1, merge, merge]], device=inputs_embeds.device)
+        nothing = inputs_embeds.new_zeros(merge**2, voxels)
+        features = self.get_video_features(nothing, grid, return_dict=True).pooler_output[0]
+        return inputs_embeds + 0.0 * features.sum().to(inputs_embeds.dtype)
 
 
 def _next_grid(grids, row):

@@ -115,22 +115,30 @@ def saliency_statistics(saliency, logits, visual):
     return torch.stack(statistics, dim=-1).masked_fill(~visual.any(-1, keepdim=True), 0.0)
 
 
-class ThresholdPredictor(nn.Module):
-    """Statistics of one row's saliency (B, 12) to its threshold (B, 1), in 0..threshold_max.
+class Float32Linear(nn.Linear):
+    """Computes in float32 whatever its weights' type: a threshold rounded to bfloat16 moves tens of tokens."""
 
-    Computed in float32 whatever the weights' type: a threshold rounded to bfloat16 moves tens of tokens.
-    """
+    def __init__(self, in_features, out_features, bias_init=0.0):
+        super().__init__(in_features, out_features)
+        self.bias_init = bias_init  # for the model's `_init_weights`
+
+    def forward(self, input):
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+class ThresholdPredictor(nn.Module):
+    """Statistics of one row's saliency (B, 12) to its threshold (B, 1), in 0..threshold_max."""
 
     def __init__(self, hidden_size, config):
         super().__init__()
         width = hidden_size // config.threshold_hidden_divisor
-        self.threshold_max, self.bias_init = config.threshold_max, config.threshold_bias_init
-        self.mlp = nn.Sequential(nn.Linear(12, width), nn.GELU(), nn.Linear(width, 1))
+        self.threshold_max = config.threshold_max
+        self.mlp = nn.Sequential(
+            Float32Linear(12, width), nn.GELU(), Float32Linear(width, 1, bias_init=config.threshold_bias_init)
+        )
 
     def forward(self, statistics):
-        first, activation, last = self.mlp
-        hidden = activation(F.linear(statistics, first.weight.float(), first.bias.float()))
-        return self.threshold_max * F.linear(hidden, last.weight.float(), last.bias.float()).sigmoid()
+        return self.threshold_max * self.mlp(statistics).sigmoid()
 
 
 class TokenScheduler(nn.Module):

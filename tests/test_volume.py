@@ -16,7 +16,6 @@ import torch
 from scipy.ndimage import binary_erosion, map_coordinates
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
 volume = sys.modules[get_class_from_dynamic_module("volume_photon.read_volume", str(ROOT)).__module__]
@@ -71,7 +70,9 @@ def twins(tmp_path):
     for suffix in (".nii", ".nii.gz"):
         nib.save(nifti, tmp_path / f"scan{suffix}")
     nib.save(nib.Nifti2Image(array, affine), tmp_path / "scan2.nii.gz")
-    nib.save(nib.Nifti1Image(array.astype(">i2"), affine, nib.Nifti1Header(endianness=">")), tmp_path / "big.nii")
+    big = nib.Nifti1Image(array, affine, nib.Nifti1Header(endianness=">"), dtype=np.int16)
+    nib.save(big, tmp_path / "big.nii")
+    assert (tmp_path / "big.nii").read_bytes()[:4] == b"\0\0\x01\x5c"
     image = sitk.ReadImage(tmp_path / "scan.nii")
     for name in ("scan.nrrd", "scan.nhdr", "scan.mha", "scan.mhd"):
         sitk.WriteImage(image, tmp_path / name, useCompression=name == "scan.mha")
@@ -159,10 +160,13 @@ def test_geometry_survives_json():
 
 
 def test_a_marked_voxel_is_where_radiology_says():
-    """LAI: depth grows to the feet, rows to the front, columns to the patient's left. RAS+ input says where is what."""
+    """LAI: depth grows to the feet, rows to the front, columns to the patient's left. RAS+ input says where is
+    what."""
     array = np.full((20, 24, 28), -1000, np.int16)
     array[3:6, 17:21, 22:26] = 1000  # i grows to the right, j to the front, k to the head
-    x = tensor(read_volume((array, np.diag([2.0, 2.0, 2.0, 1.0]))), grid={"size": (28, 28, 28), "spacing": (2.0, 2.0, 2.0)})
+    x = tensor(
+        read_volume((array, np.diag([2.0, 2.0, 2.0, 1.0]))), grid={"size": (28, 28, 28), "spacing": (2.0, 2.0, 2.0)}
+    )
     depth, height, width = (axis.mean() for axis in np.nonzero(x > 0.5))
     assert depth < 13 and height > 14 and width > 17  # towards the head, the front, the left
 
@@ -206,7 +210,9 @@ def test_the_real_scan_against_nibabel_and_scipy(name, modality, capsys):
     body = binary_erosion(expected > (-500 if modality == "ct" else 50), iterations=2)
     error = np.abs(got - expected)[body].mean()
     with capsys.disabled():
-        print(f"\n{name}: mean absolute difference to nibabel + scipy inside the body {error:.4f}, {body.sum()} voxels")
+        print(
+            f"\n{name}: mean absolute difference to nibabel + scipy inside the body {error:.4f}, {body.sum()} voxels"
+        )
     assert body.sum() > 1000 and error < 0.05
 
 

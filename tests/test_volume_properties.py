@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-
 ROOT = Path(__file__).resolve().parents[1]
 read_volume = get_class_from_dynamic_module("volume_photon.read_volume", str(ROOT))
 volume = sys.modules[read_volume.__module__]

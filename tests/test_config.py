@@ -1,0 +1,89 @@
+"""PhotonConfig: what it refuses, what it keeps, and the configurations that ship."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, photon_class, tiny_config
+from huggingface_hub.errors import StrictDataclassError
+
+BAD = [
+    ({"saliency": "softmax"}, "saliency"),
+    ({"surrogate": "ste"}, "surrogate"),
+    ({"scheduler_layer": 4}, "scheduler_layer"),
+    ({"scheduler_layer": -2}, "scheduler_layer"),
+    ({"scheduler_layer": 1.5}, "scheduler_layer"),
+    ({"evict_early_layers": "yes"}, "evict_early_layers"),
+    ({"keep_temperature": 0.0}, "keep_temperature"),
+    ({"keep_temperature": "hot"}, "keep_temperature"),
+    ({"min_kept_tokens": 0}, "min_kept_tokens"),
+    ({"threshold_max": 1.2}, "threshold_max"),
+    ({"band_low": 0.9}, "band_low"),
+    ({"robust_shares": [0.5, 0.5]}, "robust_shares"),
+    ({"flip_probability": -0.1}, "flip_probability"),
+    ({"soft_start_step": 9, "hard_start_step": 3}, "soft_start_step"),
+    ({"surrogate_magnitude_min": 3.0}, "surrogate_magnitude_min"),
+    ({"second_per_grid_ts": 0.0}, "second_per_grid_ts"),
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), BAD, ids=[str(fields) for fields, _ in BAD])
+def test_wrong_values_are_refused_by_name(fields, named):
+    with pytest.raises(StrictDataclassError, match=named):
+        tiny_config(**fields)
+
+
+def test_a_misspelt_field_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'keep_temperature'"):
+        tiny_config(keep_temprature=0.1)
+
+
+def test_sliding_windows_are_refused():
+    config = tiny_config()
+    text = config.text_config.to_dict() | {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}
+    with pytest.raises(StrictDataclassError, match="use_sliding_window"):
+        type(config)(text_config=text, vision_config=config.vision_config.to_dict())
+
+
+def test_defaults_follow_the_method():
+    config = tiny_config(layers=8)
+    assert config.scheduler_layer == 1 and tiny_config(layers=2).scheduler_layer == 0
+    assert (config.threshold_max, config.keep_temperature, config.threshold_bias_init) == (0.9, 0.2, -5.0)
+    assert config.vision_config.tokens_per_second * config.second_per_grid_ts == 28
+    assert not config.evict_early_layers
+    assert config.vision_config.in_channels == 1 and config.vision_config.temporal_patch_size == 14
+
+
+def test_round_trip(tmp_path):
+    config = tiny_config(scheduler_layer=-1, saliency="attention", surrogate="release", band_low=0.1)
+    config.save_pretrained(tmp_path)
+    again = type(config).from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    again.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "twice" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("name", "layers", "billions"), [
+    ("photon_3b", 36, 3.75), ("photon_7b", 28, 8.29), ("photon_32b", 64, 33.5), ("photon_72b", 80, 73.4),
+])  # fmt: skip
+def test_shipped_configurations_build_on_meta(name, layers, billions):
+    fields = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    fields.pop("model_type")
+    config = photon_class("configuration_photon.PhotonConfig")(**fields)
+    with torch.device("meta"):
+        model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config)
+    assert len(model.model.language_model.layers) == layers
+    assert config.scheduler_layer == layers // 4 - 1
+    assert model.get_parameter("model.visual.patch_embed.proj.weight").shape[1:] == (1, 14, 14, 14)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_root_configuration_is_a_full_one():
+    """config.json equals PhotonConfig of itself, with every field written out."""
+    fields = json.loads((ROOT / "config.json").read_text())
+    config_class = photon_class("configuration_photon.PhotonConfig")
+    written = config_class.from_pretrained(ROOT).to_dict()
+    assert set(config_class.__annotations__) <= set(fields)
+    for name in config_class.__annotations__:
+        assert written[name] == fields[name], name
