@@ -3,10 +3,10 @@
     python convert_photon.py --official Alibaba-DAMO-Academy/Photon-S2 --revision BRANCH --output photon-s2
     python convert_photon.py --qwen Qwen/Qwen2.5-VL-3B-Instruct --output photon-3b-start
 
-`--official` (a folder or a Hub id; Photon-S2 has one branch a benchmark) gives the release's behaviour: keys and values
-of the early layers evicted too, its surrogate gradient, its min-max scaling. `--qwen` gives a model to train: the 3D
-patch embedding is inflated from the 2D one, so that a volume constant in depth answers like the grey image, or random
-with `--random-patch-embed`, as the authors begin. Every key of a checkpoint must find its place: a missing or
+`--official` (a folder or a Hub id; Photon-S2 has one branch a benchmark) gives the release's behaviour: keys and
+values of the early layers evicted too, its surrogate gradient, its min-max scaling. `--qwen` gives a model to train:
+the 3D patch embedding is inflated from the 2D one, so that a volume constant in depth answers like the grey image, or
+random with `--random-patch-embed`, as the authors begin. Every key of a checkpoint must find its place: a missing or
 unexpected one stops the conversion. Weights keep their type; as much memory is needed as they take.
 """
 
@@ -49,7 +49,7 @@ QWEN_NAMES = {
 }
 UNUSED = re.compile(r"^model\.(language_model\.)?layers\.\d+\.atp\.pos_proj\.weight$")  # in the release, never read
 NEW = re.compile(r"^model\.language_model\.scheduler\.predictor\.")  # not in Qwen, nor in the release's first stage
-DROPPED_FIELDS = ("model_type", "architectures", "transformers_version", "auto_map", "custom_pipelines", "_name_or_path")
+DROPPED_FIELDS = {"model_type", "architectures", "transformers_version", "auto_map", "custom_pipelines"}
 
 
 def photon_class(name):
@@ -63,7 +63,8 @@ def local_folder(source, revision=None):
         if revision:
             raise SystemExit(f"--revision {revision} is for Hub ids; a folder was given.")
         return Path(source)
-    return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
 def checkpoint_index(folder):
@@ -85,7 +86,13 @@ def read_tensor(index, name):
 
 def photon_config(folder, **fields):
     """PhotonConfig of a Qwen2.5-VL config.json, flat (transformers 4) or nested (5)."""
-    config = json.loads((folder / "config.json").read_text())
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("model_type") != "qwen2_5_vl":
+        raise SystemExit(
+            f"config.json names model_type {config.get('model_type')!r}; expected 'qwen2_5_vl', of which the release is "
+            "a variant."
+        )
     kept = {key: value for key, value in config.items() if key not in DROPPED_FIELDS}
     vision = {key: value for key, value in kept.pop("vision_config", {}).items() if key not in DROPPED_FIELDS}
     vision.pop("in_chans", None)
@@ -96,16 +103,21 @@ def photon_config(folder, **fields):
     eos = (text or config).get("eos_token_id", config.get("eos_token_id"))
     if isinstance(eos, int):
         fields.setdefault("im_end_token_id", eos)
-    if (text or config)["vocab_size"] <= 151644:  # not Qwen's vocabulary: a tokenizer must tell, or the scan's marks do
+    if (text or config)["vocab_size"] <= 151644:  # not Qwen's vocabulary: a tokenizer tells, or the scan's marks do
         fields |= {"im_start_token_id": None, "user_token_id": None}
     return photon_class("configuration_photon.PhotonConfig")(**(kept | {"vision_config": vision} | fields))
 
 
-def load(folder, config, names, **kwargs):
+def load(folder, config, names):
     """The model and what did not fit, as transformers reports it."""
     model_class = photon_class("modeling_photon.PhotonForConditionalGeneration")
     return model_class.from_pretrained(
-        folder, config=config, key_mapping=names, output_loading_info=True, dtype="auto", **kwargs
+        folder,
+        config=config,
+        key_mapping=names,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are reported, for `refuse_misfits` to name them
+        dtype="auto",
     )
 
 
@@ -145,13 +157,13 @@ def from_official(folder):
 
 def from_qwen(folder, random_patch_embed=False):
     """A Qwen2.5-VL model with volumes for images, and a scheduler that keeps nearly everything at first."""
-    model, info = load(folder, photon_config(folder), QWEN_NAMES, ignore_mismatched_sizes=True)
+    index = checkpoint_index(folder)
+    model, info = load(folder, photon_config(folder), QWEN_NAMES)
     refuse_misfits(info, missing=NEW, unexpected=re.compile("(?!)"), mismatched={PATCH_EMBED})
     preprocessor = folder / "preprocessor_config.json"
     normalise = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
     if random_patch_embed:
         return model, {}
-    index = checkpoint_index(folder)
     name = next(key for key in index if key.endswith("visual.patch_embed.proj.weight"))
     inflated = inflate(read_tensor(index, name), model.config.vision_config.temporal_patch_size)
     with torch.no_grad():
@@ -165,8 +177,9 @@ def from_qwen(folder, random_patch_embed=False):
 
 
 def inflate(weight, depth):
-    """(out, 3, 2, h, w) of a colour image shown twice -> (out, 1, depth, h, w): summed over channels and frames, spread
-    evenly over depth. A volume whose slices are all x then gives what the image gives whose channels are all x."""
+    """(out, 3, 2, h, w) of a colour image shown twice -> (out, 1, depth, h, w): summed over channels and frames,
+    spread evenly over depth. A volume whose slices are all x then gives what the image gives whose channels are all
+    x."""
     flat = weight.double().sum(dim=(1, 2), keepdim=True)  # (out, 1, 1, h, w)
     return (flat / depth).expand(-1, -1, depth, -1, -1).to(weight.dtype)
 

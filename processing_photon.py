@@ -1,11 +1,11 @@
 """From scans and a conversation to the model's inputs, and from kept tokens back to the scan.
 
 - `PhotonVolumeProcessor`: a scan to patches of 14 x 14 x 14 voxels on the model's grid;
-- `PhotonProcessor`: that, a tokenizer and a chat template. A content part `{"type": "volume", "path": ...}` is a NIfTI,
-  NRRD or MetaImage file or a DICOM folder; `{"type": "volume", "volume": ...}` an object in memory. `series` and
-  `frame` may stand beside either.
-Volumes travel under the names of Qwen's videos (`pixel_values_videos`, `video_grid_thw`), which generation knows how to
-encode once, expand for beams and drop after the prompt.
+- `PhotonProcessor`: that, a tokenizer and a chat template. A content part `{"type": "volume", "path": ...}` is a
+  NIfTI, NRRD or MetaImage file or a DICOM folder; `{"type": "volume", "volume": ...}` an object in memory. `series`
+  and `frame` may stand beside either.
+Volumes travel under the names of Qwen's videos (`pixel_values_videos`, `video_grid_thw`), which generation knows how
+to encode once, expand for beams and drop after the prompt.
 """
 
 from dataclasses import asdict
@@ -16,12 +16,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from .grid_photon import Geometry
-from .grid_photon import model_grid
-from .grid_photon import resample
-from .volume_photon import intensity_window
-from .volume_photon import read_volume
-from .volume_photon import scale_intensity
+from .grid_photon import Geometry, model_grid, resample
+from .volume_photon import intensity_window, read_volume, scale_intensity
 
 READ_OPTIONS = ("series", "frame")
 
@@ -94,7 +90,8 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         block = (patch_size, patch_size * merge_size, patch_size * merge_size)
         if len(grid) != 3 or any(n <= 0 or n % b for n, b in zip(grid, block, strict=True)):
             raise ValueError(
-                f"grid is {list(grid)}; expected depth, height, width in voxels, multiples of {', '.join(map(str, block))}."
+                f"grid is {list(grid)}; expected depth, height, width in voxels, multiples of {block[0]}, {block[1]}, "
+                f"{block[2]}."
             )
         if scaling not in ("window", "minmax"):
             raise ValueError(f"scaling is {scaling!r}; expected 'window' or 'minmax'.")

@@ -238,7 +238,7 @@ def _last_user_turn(ids, config):
 
 
 def masked_index(mask):
-    """Places of a mask's True entries, by row: (B, S) bool -> index (B, N) long, padded with 0, and real (B, N) bool."""
+    """Places of a mask's True entries: (B, S) bool -> index (B, N) long, padded with 0, and real (B, N) bool."""
     count = mask.sum(-1)
     order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(count.max())]
     real = torch.arange(order.shape[1], device=mask.device) < count[:, None]

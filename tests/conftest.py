@@ -85,7 +85,7 @@ def prompt(question, grids, answer=(), system=(11, 12), words_between=()):
 
 
 def collate(rows, seed=0, dtype=torch.float32):
-    """Rows of (ids, answer, grids) -> model inputs, padded on the left. Scans are random and depend on row and seed."""
+    """Rows of (ids, answer, grids) -> model inputs, padded on the left. Scans are random, by row and seed."""
     length = max(len(ids) + len(answer) for ids, answer, _ in rows)
     input_ids = torch.full((len(rows), length), PAD)
     attention_mask = torch.zeros_like(input_ids)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from conftest import (
-    FIRST_WORD, IM_END, IM_START, NEWLINE, USER, VIDEO, collate, prompt, text_row, three_rows, tiny_model,
+    FIRST_WORD,
+    IM_END,
+    IM_START,
+    NEWLINE,
+    USER,
+    VIDEO,
+    collate,
+    prompt,
+    text_row,
+    three_rows,
+    tiny_model,
 )  # fmt: skip
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -291,7 +301,11 @@ def test_flash_attention_gets_masks_it_understands(fields):
     expected = greedy(tiny_model(**fields), inputs)
     model = tiny_model(**fields)
     model.config._attn_implementation = "flash_test"  # set_attn_implementation would look for a CUDA kernel
-    assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "flash_test"
+    assert (
+        model.config.text_config._attn_implementation
+        == model.config.vision_config._attn_implementation
+        == "flash_test"
+    )
     got = greedy(model, inputs)
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.logits, expected.logits, strict=True):

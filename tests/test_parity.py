@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 META = json.loads((FIXTURE / "meta.json").read_text())
 PROMPT = META["prompt_length"]
-FRESH = """
+FRESH = (
+    """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
@@ -43,7 +44,9 @@ save_file({
     "generate.tokens": g.sequences[:, n:].contiguous(), "generate.logits": torch.stack(g.logits, 1),
     "base": (hidden @ model.lm_head.weight.T).contiguous(),
 }, out)
-""" % PROMPT
+"""
+    % PROMPT
+)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 from conftest import (
-    IM_END, IM_START, NEWLINE, USER, V_END, V_START, VIDEO, photon_class, tiny_config,
+    IM_END,
+    IM_START,
+    NEWLINE,
+    USER,
+    V_END,
+    V_START,
+    VIDEO,
+    photon_class,
+    tiny_config,
 )  # fmt: skip
 
 MODULE = "scheduling_photon."

@@ -1,0 +1,205 @@
+"""Conversion: from Qwen2.5-VL, and what it refuses."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import (
+    FIXTURE,
+    IM_END,
+    IMAGE,
+    ROOT,
+    V_END,
+    V_START,
+    VIDEO,
+    VOCABULARY,
+    run_fresh,
+    tiny_config,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+sys.path.insert(0, str(ROOT))
+
+import convert_photon  # noqa: E402
+
+OFFICIAL = FIXTURE / "official_checkpoint"
+
+
+def qwen(folder, tokenizer=False):
+    """A tiny random Qwen2.5-VL as published: 2 frames, 3 channels, old key names."""
+    config = tiny_config().to_dict()
+    text = config["text_config"] | {"vocab_size": 512 if tokenizer else VOCABULARY}
+    vision = config["vision_config"] | {"in_channels": 3, "temporal_patch_size": 2}
+    ids = {
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": V_START,
+        "vision_end_token_id": V_END,
+    }
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1:].numel() ** -0.5)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+        )
+    )
+    if tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / name, folder)
+    return model.eval()
+
+
+def test_a_constant_volume_answers_like_the_grey_image(tmp_path):
+    stock = qwen(tmp_path / "qwen")
+    convert_photon.main(["--qwen", str(tmp_path / "qwen"), "--output", str(tmp_path / "photon")])
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "photon", trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    h, w = 4, 6
+    plane = torch.randn(h * w, 14, 14, generator=torch.Generator().manual_seed(2))  # patches of one grey slice
+    image = plane[:, None, None].expand(-1, 3, 2, -1, -1).reshape(h * w, -1)
+    volume = plane[:, None].expand(-1, 14, -1, -1).reshape(h * w, -1)
+    grid = torch.tensor([[1, h, w]])
+    visual = [VIDEO] * (h * w // 4)
+    ids = torch.tensor([[11, 12, V_START, *visual, V_END, 20, 21, 22, IM_END]])
+    kinds = (ids == VIDEO).int() * 2
+    position_ids, _ = model.model.get_rope_index(ids, kinds, video_grid_thw=grid)
+    with torch.no_grad():
+        ours = model(
+            input_ids=ids, pixel_values_videos=volume, video_grid_thw=grid, mm_token_type_ids=kinds,
+            position_ids=position_ids, use_scheduler=False,
+        )  # fmt: skip
+        theirs = stock(
+            input_ids=ids.where(ids != VIDEO, IMAGE), pixel_values=image, image_grid_thw=grid,
+            position_ids=position_ids,
+        )  # fmt: skip
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)
+    assert model.config.surrogate == "taylor" and not model.config.evict_early_layers
+    predictor = model.model.language_model.scheduler.predictor
+    assert predictor.mlp[-1].bias.item() == -5.0
+
+
+def test_random_patch_embedding(tmp_path):
+    qwen(tmp_path / "qwen")
+    for name, extra in (("a", []), ("b", ["--random-patch-embed"])):
+        convert_photon.main(["--qwen", str(tmp_path / "qwen"), "--output", str(tmp_path / name), *extra])
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    different = {key for key in a if not torch.equal(a[key], b[key])}
+    assert convert_photon.PATCH_EMBED in different
+    assert all(key == convert_photon.PATCH_EMBED or "scheduler" in key for key in different)
+
+
+def test_the_folder_is_complete(tmp_path):
+    """Processor and all code, loaded in a fresh process; the scan's scaling follows the source's normalisation."""
+    qwen(tmp_path / "qwen", tokenizer=True)
+    convert_photon.main(["--qwen", str(tmp_path / "qwen"), "--output", str(tmp_path / "photon")])
+    run_fresh(
+        """
+import sys
+import numpy as np
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert abs(processor.image_processor.mean - 0.4491643) < 1e-6 and abs(processor.image_processor.std - 0.2685697) < 1e-6
+assert processor.image_processor.grid == [140, 280, 280] and processor.image_processor.scaling == "window"
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = processor.tokenizer
+assert model.config.im_end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+assert model.config.user_token_id == tokenizer.convert_tokens_to_ids("user")
+assert model.config.video_token_id == tokenizer.convert_tokens_to_ids("<|video_pad|>")
+z, y, x = np.mgrid[:20, :30, :40]
+scan = (np.where((z - 10) ** 2 + (y - 15) ** 2 + (x - 20) ** 2 < 80, 40, -1000).astype("int16"), np.diag([9, 8, 7, 1.0]))
+answer = pipeline("volume-question-answering", model=sys.argv[1], trust_remote_code=True)(scan, "Where?", max_new_tokens=2)
+assert answer["tokens_seen"] == 1000, answer
+""",
+        tmp_path / "photon",
+    )
+
+
+def test_the_release_sets_its_behaviour(tmp_path):
+    convert_photon.main(["--official", str(OFFICIAL), "--output", str(tmp_path / "photon")])
+    config = json.loads((tmp_path / "photon" / "config.json").read_text())
+    assert config["evict_early_layers"] is True and config["surrogate"] == "release"
+    assert config["saliency"] == "logits" and config["scheduler_layer"] == 1
+    assert config["im_end_token_id"] == 501 and config["user_token_id"] is None
+    assert (tmp_path / "photon" / "pipeline_photon.py").exists()
+    assert not (tmp_path / "photon" / "convert_photon.py").exists()
+
+
+def damaged(tmp_path, change):
+    folder = tmp_path / "damaged"
+    shutil.copytree(OFFICIAL, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return ["--official", str(folder), "--output", str(tmp_path / "out")]
+
+
+CHANGES = {
+    "missing": (lambda w: w.pop("model.layers.3.mlp.up_proj.weight"), "1 weights are missing.*layers.3.mlp.up_proj"),
+    "missing vision": (
+        lambda w: w.pop("visual.blocks.0.norm1.weight"),
+        "1 weights are missing.*visual.blocks.0.norm1",
+    ),
+    "half a scheduler": (
+        lambda w: w.pop("model.layers.1.atp.predictor.mlp.2.bias"),
+        "1 weights are missing.*mlp.2.bias",
+    ),
+    "unexpected": (lambda w: w.update({"model.extra.weight": torch.zeros(2)}), "1 weights are unexpected.*extra"),
+    "two schedulers": (
+        lambda w: w.update({"model.layers.2.atp.predictor.mlp.2.bias": torch.zeros(1)}),
+        r"schedulers at layers \[1, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_key_out_of_place_stops_it(tmp_path, name):
+    change, message = CHANGES[name]
+    with pytest.raises(SystemExit, match=message):
+        convert_photon.main(damaged(tmp_path, change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_shape_stops_it(tmp_path):
+    def change(weights):
+        weights["model.norm.weight"] = torch.ones(5)
+
+    with pytest.raises(SystemExit, match="1 weights are of another shape.*language_model.norm.weight"):
+        convert_photon.main(damaged(tmp_path, change))
+
+
+def test_the_first_stage_has_no_scheduler_yet(tmp_path):
+    def change(weights):
+        for key in [key for key in weights if ".atp." in key]:
+            del weights[key]
+
+    convert_photon.main(damaged(tmp_path, change))
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["model.language_model.scheduler.predictor.mlp.2.bias"].item() == -5.0
+
+
+def test_arguments(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for arguments, message in [
+        (["--official", str(OFFICIAL), "--output", str(tmp_path / "full")], "not empty"),
+        (["--official", str(OFFICIAL), "--random-patch-embed", "--output", str(tmp_path / "x")], "is for --qwen"),
+        (["--official", "a", "--qwen", "b", "--output", "c"], "not allowed with"),
+    ]:
+        with pytest.raises(SystemExit):
+            convert_photon.main(arguments)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--revision"):
+        convert_photon.main(["--official", str(OFFICIAL), "--revision", "x", "--output", str(tmp_path / "y")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="no .safetensors"):
+        convert_photon.main(["--qwen", str(tmp_path / "empty"), "--output", str(tmp_path / "z")])
+    with pytest.raises(SystemExit, match="model_type 'photon'"):
+        convert_photon.main(["--qwen", str(ROOT), "--output", str(tmp_path / "z")])

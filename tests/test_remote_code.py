@@ -1,0 +1,180 @@
+"""The promise of the repository: a copied folder, a fresh process, an empty HF_HOME, and `trust_remote_code`."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, collate, photon_class, real, run_fresh, three_rows, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
+
+SHIPPED = [*ROOT.glob("*_photon.py"), *ROOT.glob("*.json"), ROOT / "model.safetensors", ROOT / "chat_template.jinja"]
+LOGITS = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
+with torch.no_grad():
+    out = model(**load_file(sys.argv[2]))
+save_file({"logits": out.logits, "keep": out.keep_mask}, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere") / "photon-copy"
+    folder.mkdir()
+    for file in SHIPPED:
+        if file.name != "convert_photon.py":
+            shutil.copy(file, folder)
+    return folder
+
+
+def test_every_auto_class(repository):
+    print(run_fresh(
+        """
+import sys, torch
+from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
+                          AutoTokenizer)
+trust = {"pretrained_model_name_or_path": sys.argv[1], "trust_remote_code": True}
+names = [type(c.from_pretrained(**trust)).__name__ for c in (
+    AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor)]
+assert names == ["PhotonConfig", "PhotonModel", "PhotonForConditionalGeneration", "PhotonForConditionalGeneration",
+                 "PhotonProcessor"], names
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert tokenizer.padding_side == "left" and tokenizer.eos_token == "<|im_end|>"
+""",
+        repository,
+    ))  # fmt: skip
+
+
+def test_without_trust_it_refuses(repository):
+    for loader in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"):
+        code = (
+            f"import sys\nfrom transformers import {loader}\n"
+            f"try: {loader}.from_pretrained(sys.argv[1], trust_remote_code=False)\n"
+            "except ValueError as error: assert 'trust_remote_code' in str(error)\n"
+            "else: raise SystemExit('it loaded')"
+        )
+        run_fresh(code, repository)
+
+
+def test_both_pipelines_on_a_real_scan(repository):
+    scan = real("example_ct.nii.gz")
+    out = run_fresh(
+        """
+import json, sys
+from transformers import pipeline
+repository, scan = sys.argv[1:]
+ask = pipeline("volume-question-answering", model=repository, trust_remote_code=True)
+one = ask(scan, "Is there a lesion in the liver?", max_new_tokens=6)
+many = ask(scan, ["Is there a lesion in the liver?", "How many kidneys?"], max_new_tokens=6, token_budget=9)
+pair = ask({"volume": [scan, scan], "question": "Has it grown?"}, max_new_tokens=6, use_scheduler=False)
+chat = [{"role": "user", "content": [{"type": "volume", "path": scan}, {"type": "text", "text": "Which side?"}]}]
+stock = pipeline("image-text-to-text", model=repository, trust_remote_code=True)(text=chat, max_new_tokens=6)
+print(json.dumps([one, many, pair, stock[0]["generated_text"][-1]]))
+""",
+        repository,
+        scan,
+    )
+    one, many, pair, reply = json.loads(out.strip().splitlines()[-1])
+    assert one["tokens_seen"] == 125 and 1 <= one["tokens_kept"] <= 125 and isinstance(one["answer"], str)
+    assert [answer["tokens_kept"] for answer in many] == [9, 9]
+    assert pair["tokens_kept"] == pair["tokens_seen"] == 250
+    assert reply["role"] == "assistant" and isinstance(reply["content"], str)
+
+
+def same_in_a_fresh_process(model, folder, tmp_path):
+    inputs = collate(three_rows())
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    run_fresh(LOGITS, folder, tmp_path / "inputs.safetensors", tmp_path / "out.safetensors")
+    got = load_file(tmp_path / "out.safetensors")
+    with torch.no_grad():
+        expected = model.eval()(**inputs)
+    assert torch.equal(got["keep"], expected.keep_mask)
+    torch.testing.assert_close(got["logits"], expected.logits, atol=2e-5, rtol=1e-5)
+
+
+def published(tmp_path, **fields):
+    """A tiny model in a complete folder, loaded as a user loads it."""
+    from transformers import AutoModelForImageTextToText
+
+    tiny_model(**fields).save_pretrained(tmp_path / "published")
+    photon_complete(tmp_path / "published")
+    return AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "published", trust_remote_code=True, dtype=torch.float32
+    )
+
+
+def photon_complete(folder):
+    code = "import sys; from pathlib import Path; from convert_photon import complete; complete(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+
+
+def test_saved_equals_reloaded(tmp_path):
+    model = published(tmp_path, scheduler_layer=2, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "again")
+    same_in_a_fresh_process(model, tmp_path / "again", tmp_path)
+
+
+def test_trainer_checkpoint_equals_reloaded(tmp_path):
+    model = published(tmp_path)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = [{"row": row} for row in three_rows(answers=True) * 2]
+    arguments = TrainingArguments(
+        output_dir=tmp_path / "run", max_steps=2, per_device_train_batch_size=3, learning_rate=1e-2, use_cpu=True,
+        remove_unused_columns=False, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=data, data_collator=lambda rows: collate([row["row"] for row in rows])
+    )
+    trainer.train()
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+    trainer.save_model(tmp_path / "saved")
+    same_in_a_fresh_process(model, tmp_path / "saved", tmp_path)
+
+
+def test_merged_lora_equals_reloaded(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = published(tmp_path)
+    lora = LoraConfig(
+        r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)", modules_to_save=["scheduler", "patch_embed"]
+    )  # fmt: skip
+    model = get_peft_model(base, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+    inputs = collate(three_rows(answers=True))
+    model.train()(**inputs, use_cache=False).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any("scheduler.modules_to_save" in name for name in trained)
+    assert all("lora" in name or "modules_to_save" in name for name in trained)
+    with torch.no_grad():
+        unmerged = model.eval()(**inputs).logits
+        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, unmerged, atol=2e-5, rtol=1e-4)
+    assert torch.equal(merged.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+    merged.save_pretrained(tmp_path / "merged")
+    same_in_a_fresh_process(merged, tmp_path / "merged", tmp_path)
+
+
+def test_the_root_is_what_its_script_builds():
+    """Same tokenizer, processor and shapes; the weights may have been trained since."""
+    config = json.loads((ROOT / "config.json").read_text())
+    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(
+        photon_class("configuration_photon.PhotonConfig").from_pretrained(ROOT)
+    )
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(ROOT / "model.safetensors").items()}
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected.pop("lm_head.weight")  # tied
+    assert shapes == expected
+    assert (ROOT / "model.safetensors").stat().st_size <= 8 * 2**20
+    assert set(config["auto_map"]) == {
+        "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM",
+    }  # fmt: skip
