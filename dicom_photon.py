@@ -41,8 +41,10 @@ PARSE_ERRORS = (
 )  # fmt: skip
 DECODE_ERRORS = (*PARSE_ERRORS, RuntimeError)
 SUFFIXES = (".dcm", ".dicom", ".ima")
-MODALITY_TAG = "0008|0060"
+MODALITY_TAG = "0008|0060"  # the key under which SimpleITK keeps the DICOM modality of an image
+MODALITIES = {"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "SEG", "RTDOSE", "SC", "OT"}
 CT_MR_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")  # CT and MR storage, classic and Enhanced
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 DICOM_ROOT = b"1.2.840.10008"  # every transfer syntax and object class begins so
 LOSSY = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81"}
 INSTALL = {
@@ -96,7 +98,9 @@ def read_dicom(
         if regular is not None:
             voxels = interpolate(voxels, *regular)
         image = to_image(voxels, affine)
-        image.SetMetaData(MODALITY_TAG, str(headers[0][1].get("Modality", "") or ""))
+        modality = str(headers[0][1].get("Modality", "") or "")
+        if modality:
+            image.SetMetaData(MODALITY_TAG, modality if modality in MODALITIES else "OT")
     return image
 
 
@@ -122,8 +126,7 @@ def _headers(path: Path, findings: Findings) -> list:
         raise VolumeError(
             VolumeFault.NON_IMAGING_DICOM_FILES if others else VolumeFault.NOT_A_SCAN,
             f"No DICOM image was found ({len(files)} files looked at). Give the folder that holds the slices "
-            "themselves; "
-            "its sub-folders are not searched.",
+            "themselves; its sub-folders are not searched.",
         )
     if others:
         findings.warn(
@@ -171,7 +174,7 @@ def _choose_series(headers: list, series, findings: Findings) -> list:
     if series is not None:
         return _named_series(ordered, series)
     volumes = [group for _, group in ordered if _is_volume(group)]
-    strays = [group for _, group in ordered if not _is_volume(group) and volumes and _matches(group, volumes[0])]
+    strays = [group for _, group in ordered if volumes and not _is_volume(group) and not _is_aside(group)]
     if len(volumes) > 1 or strays or not volumes and len(ordered) > 1:
         raise VolumeError(
             VolumeFault.SEVERAL_SERIES,
@@ -181,7 +184,7 @@ def _choose_series(headers: list, series, findings: Findings) -> list:
     if volumes and len(ordered) > 1:
         findings.warn(
             VolumeFault.TOO_FEW_SLICES,
-            f"{len(ordered) - 1} localisers or single slices beside the series were left out.",
+            f"{len(ordered) - 1} localisers or screenshots beside the series were left out.",
         )
     return volumes[0] if volumes else ordered[0][1]
 
@@ -198,7 +201,7 @@ def _named_series(ordered: list, series) -> list:
 def _listing(ordered: list) -> str:
     lines = []
     for number, (key, group) in enumerate(ordered, start=1):
-        modality = key[-1] if key[-1] in ("CT", "MR", "PT", "NM", "US", "CR", "DX", "SEG", "OT", "SC") else "other"
+        modality = key[-1] if key[-1] in MODALITIES else "other"
         dataset = group[0][1]
         lines.append(f"{number}: {modality}, {_frames(group)} slices of {dataset.Rows} x {dataset.Columns}")
     return "; ".join(lines)
@@ -216,15 +219,17 @@ def _frames(group: list) -> int:
 
 
 def _is_volume(group: list) -> bool:
-    localiser = "LOCALIZER" in [str(v).upper() for v in np.atleast_1d(group[0][1].get("ImageType") or [])]
-    return _frames(group) >= 4 and not localiser
+    return _frames(group) >= 4 and not _is_localiser(group[0][1])
 
 
-def _matches(group: list, volume: list) -> bool:
-    """Whether single slices look like a part of the volume, cut off from it by a wrong tag."""
-    names = ("Rows", "Columns", "ImageOrientationPatient", "PixelSpacing")
-    localiser = "LOCALIZER" in str(group[0][1].get("ImageType")).upper()
-    return not localiser and all(group[0][1].get(n) in (None, volume[0][1].get(n)) for n in names)
+def _is_aside(group: list) -> bool:
+    """Localisers and screenshots may be left out; any other lone slice may be cut off its series by a damaged tag."""
+    dataset = group[0][1]
+    return _is_localiser(dataset) or str(dataset.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
+
+
+def _is_localiser(dataset) -> bool:
+    return "LOCALIZER" in str(dataset.get("ImageType")).upper()
 
 
 # === Where every slice lies ==========================================================================================
@@ -240,8 +245,7 @@ def _slices(headers: list, findings: Findings) -> list[Slice]:
                 raise VolumeError(
                     VolumeFault.NO_GEOMETRY,
                     "A multi-frame file without functional groups does not say where its frames lie. Export the "
-                    "series as "
-                    "Enhanced or as single slices.",
+                    "series as Enhanced or as single slices.",
                 )
             else:
                 slices.append(_slice(file, None, [dataset], dataset))
@@ -292,8 +296,7 @@ def _slice(file: Path, frame: int | None, groups: list, dataset) -> Slice:
             raise VolumeError(
                 VolumeFault.NO_GEOMETRY,
                 "A slice does not say where it lies (position, orientation or pixel spacing is missing). Export "
-                "the series "
-                "again from its source.",
+                "the series again from its source.",
             )
     slope, intercept = get("RescaleSlope"), get("RescaleIntercept")
     phases = {}
@@ -344,17 +347,17 @@ def _voxels(slices: list[Slice], *, invert: bool) -> np.ndarray:
     files = defaultdict(list)
     for k, item in enumerate(slices):
         files[item.path].append((k, item))
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        jobs = files.items() if len(files) < 2 else None
-        decoded = map(_decode, files) if jobs else pool.map(_decode, files)
-        for (_, items), (frames, rescaled, bits) in zip(files.items(), decoded, strict=True):
+    with ThreadPoolExecutor(max_workers=4) as pool:  # in order, so that few decoded slices wait at a time
+        for (_, items), (frames, top) in zip(files.items(), pool.map(_decode, files), strict=True):
             for k, item in items:
                 if frames.shape[1:] != (rows, columns) or (item.frame or 0) >= len(frames):
                     raise VolumeError(VolumeFault.HEADER_LIES, "A slice holds other voxels than its header says.")
                 plane = frames[item.frame or 0]
+                if top is None and (invert or item.frame is not None):
+                    raise _no_decoder(item.path)  # GDCM's values are rescaled already, by rules of its own
                 if invert:
-                    plane = (2**bits - 1 - plane.astype(np.int32)) if plane.min() >= 0 else (-1 - plane)
-                plane = plane if rescaled else rescale(plane, item.slope, item.intercept)
+                    plane = top - plane.astype(np.int32)
+                plane = plane if top is None else rescale(plane, item.slope, item.intercept)
                 volume = _fitting(volume, plane)
                 volume[k] = plane
     return volume
@@ -370,28 +373,31 @@ def _fitting(volume: np.ndarray, plane: np.ndarray) -> np.ndarray:
 
 
 def _decode(path: Path):
-    """(frames, rows, columns) of one file, whether slope and intercept are in it already, and the bits stored."""
+    """(frames, rows, columns) of one file, and the sum of a stored value and its inverse; None if rescaled already."""
     try:
         dataset = pydicom.dcmread(path, force=True)
-        syntax, bits = dataset.file_meta.TransferSyntaxUID, int(dataset.BitsStored)
+        syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_compressed or get_decoder(syntax).is_available:
             array = pixel_array(dataset, raw=True)
-            return array.reshape(-1, *array.shape[-2:]), False, bits
+            top = -1 if int(dataset.PixelRepresentation) else 2 ** int(dataset.BitsStored) - 1
+            return array.reshape(-1, *array.shape[-2:]), top
     except DECODE_ERRORS:
         raise damaged("the voxels of a slice cannot be decoded") from None
-    return _decode_gdcm(path, str(syntax)), True, bits
-
-
-def _decode_gdcm(path: Path, syntax: str) -> np.ndarray:
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     try:
         array = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError:
-        raise VolumeError(
-            VolumeFault.MISSING_DECODER,
-            f"Transfer syntax {syntax} could not be decoded here: "
-            f"{INSTALL.get(syntax, 'pip install pylibjpeg[all]')}. If that does not help, the file is damaged.",
-        ) from None
-    return array.reshape(-1, *array.shape[-2:])
+    except RuntimeError:  # its message holds the path
+        raise _no_decoder(path) from None
+    return array.reshape(-1, *array.shape[-2:]), None
+
+
+def _no_decoder(path: Path) -> VolumeError:
+    syntax = pydicom.dcmread(path, stop_before_pixels=True, force=True).file_meta.TransferSyntaxUID
+    name = syntax.name if syntax.name != str(syntax) else "an unknown transfer syntax"
+    return VolumeError(
+        VolumeFault.MISSING_DECODER,
+        f"There is no decoder here for {name}: {INSTALL.get(str(syntax), 'pip install pylibjpeg[all]')}. If that does "
+        "not help, the slice is damaged.",
+    )

@@ -142,7 +142,7 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     VolumeFault.SEVERAL_SERIES: ("refuse", "Choose one with `series=`; they are listed without patient data."),
     VolumeFault.TOO_FEW_SLICES: (
         "refuse",
-        "A localiser or a single slice is no volume. Beside a proper series such slices are left out with a warning.",
+        "A localiser or a single slice is no volume. Beside a proper series localisers are left out with a warning.",
     ),
     VolumeFault.NOT_SCALAR: ("refuse", "Colour, vectors and complex numbers have no HU and no single intensity."),
     VolumeFault.NO_GEOMETRY: ("refuse", "Without spacing and orientation left and right would be guessed."),
@@ -202,3 +202,9 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
         "is defined for them. Also where the tag contradicts `modality=`.",
     ),
 }
+
+
+def policy_table() -> str:
+    """The table of faults in Markdown, as the README shows it."""
+    rows = [f"| `{fault.value}` | {action} | {why} |" for fault, (action, why) in POLICY.items()]
+    return "\n".join(["| code | what is done | why |", "|---|---|---|", *rows])

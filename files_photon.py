@@ -4,6 +4,7 @@ Every reader here returns a scalar 3D SimpleITK image in its LPS world, mm, with
 the file before memory is taken, so that a header which lies costs nothing.
 """
 
+import ctypes
 import gzip
 import logging
 import math
@@ -33,7 +34,11 @@ except ImportError:
 INFLATE_ERRORS = (EOFError, OSError, zlib.error, fast_error)
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_INFLATION = 1040  # deflate cannot do better than 1032 : 1
-FATAL_REPAIRS = ("sizeof_hdr", "bitpix", "vox offset 0", "vox offset (=", "sform_code", "qform_code")
+FATAL_REPAIRS = ("sizeof_hdr", "bitpix", "vox offset 0", "sform_code", "qform_code")
+SITK_TYPES = {
+    "i1": "sitkInt8", "u1": "sitkUInt8", "i2": "sitkInt16", "u2": "sitkUInt16", "i4": "sitkInt32", "u4": "sitkUInt32",
+    "f4": "sitkFloat32",
+}  # fmt: skip
 CHUNK = 1 << 24  # bytes
 MORE_THAN_SAID = "The file holds more slices than its header says: part of the scan would be lost. Repair the header."
 MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's xyzt_units & 7: metre, millimetre, micrometre
@@ -78,8 +83,8 @@ def count(shape) -> int:
     return math.prod(int(n) for n in shape)
 
 
-def to_image(array: np.ndarray, affine: np.ndarray) -> "sitk.Image":
-    """SimpleITK image of an array in (z, y, x) and a 4 x 4 affine from voxel (x, y, z) to LPS mm, sheared or not."""
+def to_image(array, affine: np.ndarray) -> "sitk.Image":
+    """Image of an array in (z, y, x), or the image given, with a 4 x 4 affine from voxel (x, y, z) to LPS mm."""
     axes = np.asarray(affine, dtype=np.float64)[:3, :3]
     spacing = np.linalg.norm(axes, axis=0)
     if not np.isfinite(affine).all() or spacing.min() < 1e-6 or abs(np.linalg.det(axes / spacing)) < 1e-3:
@@ -88,11 +93,23 @@ def to_image(array: np.ndarray, affine: np.ndarray) -> "sitk.Image":
             "The affine is not finite, or its axes lie in a plane: it places no voxel. Repair the header.",
         )
     axes = np.where(np.abs(axes) < 1e-12 * spacing, 0.0, axes)  # ITK's SVD does not converge on denormal numbers
-    image = sitk.GetImageFromArray(as_scalar(array))
+    image = array if isinstance(array, sitk.Image) else sitk.GetImageFromArray(as_scalar(array))
     image.SetSpacing(spacing.tolist())
     image.SetDirection((axes / spacing).ravel().tolist())
     image.SetOrigin(np.asarray(affine, dtype=np.float64)[:3, 3].tolist())
     return image
+
+
+def blank_image(shape, dtype: np.dtype):
+    """(new image of (x, y, z) voxels, its memory as a writable array in (z, y, x)); hold the one as long as the other.
+
+    SimpleITK gives out its voxels for reading only, and copying a large scan into it costs as much as a third of
+    inflating it. Nobody else holds this image yet, so it may be written where it lies.
+    """
+    image = sitk.Image([int(n) for n in shape], getattr(sitk, SITK_TYPES[dtype.str[1:]]))
+    view = sitk.GetArrayViewFromImage(image)
+    memory = (ctypes.c_char * view.nbytes).from_address(view.ctypes.data)
+    return image, np.frombuffer(memory, view.dtype).reshape(view.shape)
 
 
 def check_shape(shape, max_voxels: int) -> None:
@@ -136,22 +153,18 @@ def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """slope * array + intercept, in integers where all three are (HU from a scanner are), else float32."""
     if slope == 1 and intercept == 0:
         return array
-    if array.dtype.kind in "iu" and float(slope).is_integer() and float(intercept).is_integer():
-        lo, hi = int(array.min()), int(array.max())
-        ends = [int(slope) * v + int(intercept) for v in (lo, hi)]
+    out = array.astype(np.float32) if array.dtype.kind == "f" else None
+    if out is None and float(slope).is_integer() and float(intercept).is_integer():
+        ends = [int(slope) * int(v) + int(intercept) for v in (array.min(), array.max())]
         for dtype in (np.int16, np.int32):
-            info = np.iinfo(dtype)
-            if (
-                info.min <= min(ends)
-                and max(ends) <= info.max
-                and min(lo, -abs(int(slope))) >= info.min
-                and (max(hi, abs(int(slope)), abs(int(intercept))) <= info.max)
-            ):
+            if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
+                # overflow on the way is undone by wrapping, since the end result fits
+                scale = np.array([int(slope) % 2**32, int(intercept) % 2**32]).astype(dtype)
                 out = array.astype(dtype)
-                out *= dtype(slope)
-                out += dtype(intercept)
+                out *= scale[0]
+                out += scale[1]
                 return out
-    out = array.astype(np.float32)
+    out = array.astype(np.float32) if out is None else out
     out *= np.float32(slope)
     out += np.float32(intercept)
     return out
@@ -204,16 +217,17 @@ class _Repairs(logging.Logger):
 
 
 def _nifti_header(stream):
-    repairs = _Repairs()
-    head = stream.read(8)
-    stream.seek(0)
+    """The fixed part of the header; extensions, which may hold a whole DICOM header, are never looked at."""
+    repairs, head = _Repairs(), stream.read(540)
     kind = nib.Nifti2Header if head[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
+    if len(head) < kind.template_dtype.itemsize:
+        raise damaged("it ends within its header")
     try:
-        header = kind.from_fileobj(stream, check=False)
+        header = kind(head[: kind.template_dtype.itemsize], check=False)
         header.check_fix(logger=repairs, error_level=40)
-    except (HeaderDataError, nib.filebasedimages.ImageFileError, ValueError, OverflowError):
+    except (HeaderDataError, ValueError, OverflowError):
         raise damaged("its NIfTI header breaks the format's rules") from None
-    if any(told.startswith(FATAL_REPAIRS) for told in repairs.told):
+    if any(told.startswith(FATAL_REPAIRS) for told in repairs.told) or float(header["vox_offset"]) % 1:
         raise damaged("its NIfTI header contradicts itself")
     if bytes(header["magic"].tobytes()[:3]) in (b"ni1", b"ni2"):
         raise VolumeError(
@@ -229,9 +243,7 @@ def nifti_affine(header, findings: Findings) -> np.ndarray:
         sform, scode = header.get_sform(coded=True)
         qform, qcode = header.get_qform(coded=True)
     except (HeaderDataError, ValueError):
-        raise VolumeError(
-            VolumeFault.DEGENERATE_AFFINE, "The NIfTI qform is no rotation. Repair the header."
-        ) from None
+        raise VolumeError(VolumeFault.DEGENERATE_AFFINE, "The NIfTI qform is no rotation. Repair it.") from None
     if not scode and not qcode:
         raise VolumeError(
             VolumeFault.NO_GEOMETRY,
@@ -245,12 +257,10 @@ def nifti_affine(header, findings: Findings) -> np.ndarray:
     if scode and not np.allclose(norms, zooms, rtol=0.01):
         findings.warn(
             VolumeFault.QFORM_SFORM_DISAGREE,
-            "The voxel sizes of the NIfTI header (pixdim) are not those of its sform, which is used.",
+            "The voxel sizes of the NIfTI header (pixdim) are not those of its sform.",
         )
     if nifti_unit(header) != 1.0:
-        findings.warn(
-            VolumeFault.UNIT_NOT_MILLIMETRE, f"The header is in units of {nifti_unit(header):g} mm; converted."
-        )
+        findings.warn(VolumeFault.UNIT_NOT_MILLIMETRE, f"The header's unit is {nifti_unit(header):g} mm; converted.")
         affine[:3] *= nifti_unit(header)
     return affine
 
@@ -272,8 +282,7 @@ def _compare_forms(sform, qform, shape, findings: Findings) -> None:
         findings.warn(
             VolumeFault.QFORM_SFORM_DISAGREE,
             f"sform and qform of the NIfTI header are up to {shift:.1f} mm and {angle:.1f} degrees apart. The "
-            "sform is "
-            "used. Make them agree if the other is right.",
+            "sform is used. Make them agree if the other is right.",
         )
 
 
@@ -300,13 +309,12 @@ def _nifti_voxels(stream, header, file_size, packed, frame, max_voxels, findings
     index = choose_frame(frames, frame)
     one = wanted // frames
     _skip(stream, offset + index * one)
-    array = np.empty(one // dtype.itemsize, dtype)
+    slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+    in_place = dtype.isnative and dtype.str[1:] in SITK_TYPES and (slope, intercept) == (1.0, 0.0)
+    image, array = blank_image(shape[:3], dtype) if in_place else (None, np.empty(shape[2::-1], dtype))
     _fill(stream, memoryview(array).cast("B"))
     _check_rest(stream, (frames - 1 - index) * one, one // shape[2], findings)
-    array = as_scalar(array.reshape(shape[2::-1]))
-    if slope is not None and not (np.isfinite(slope) and np.isfinite(intercept)):
-        raise damaged("its scale factor is not a number")
-    return to_image(rescale(array, slope or 1.0, intercept or 0.0), RAS_TO_LPS @ affine)
+    return to_image(image if in_place else rescale(as_scalar(array), slope, intercept), RAS_TO_LPS @ affine)
 
 
 def _skip(stream, offset: int) -> None:

@@ -64,8 +64,7 @@ def one_phase(slices: list[Slice], frame: int | None, findings: Findings) -> lis
     raise VolumeError(
         VolumeFault.DUPLICATE_SLICES,
         f"{len(slices)} slices lie in {len(places)} places, and no tag parts them into complete scans. Keep one "
-        "slice for "
-        "each place in the folder.",
+        "slice for each place in the folder.",
     )
 
 

@@ -10,12 +10,14 @@ The release does it in six steps and two interpolations (orient to RAI, resample
 resize, flip); together they are one affine map, so here they are one interpolation, from the scan's own voxels.
 """
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
-from .dicom_photon import read_dicom
+from .dicom_photon import MODALITIES, MODALITY_TAG, read_dicom
 from .faults_photon import Findings, VolumeError, VolumeFault, VolumeWarning
 from .files_photon import (
     INFLATE_ERRORS,
@@ -45,9 +47,8 @@ except ImportError:
     nib = None
 
 __all__ = ["Geometry", "VolumeError", "VolumeFault", "VolumeWarning", "find_modality", "intensity_window"]
-__all__ += ["model_grid", "read_volume", "resample", "scale_intensity"]
+__all__ += ["model_grid", "read_ahead", "read_volume", "resample", "scale_intensity"]
 
-MODALITY_TAG = "0008|0060"  # the key under which SimpleITK keeps the DICOM modality of an image
 MIN_ANGLE = 0.1  # degrees: less is the rounding of a header
 
 
@@ -67,7 +68,7 @@ def find_modality(image, modality: str = "auto", *, assume_hu: bool = False) -> 
     declared = {"CT": "ct", "MR": "mr"}.get(tag)
     if tag and (declared is None or modality not in ("auto", declared)):
         reason = " (SUV needs dose, weight and times, and no model here was trained on it)" if tag == "PT" else ""
-        kind = tag if tag in KNOWN_TAGS else "another kind"
+        kind = tag if tag in MODALITIES else "another kind"
         raise VolumeError(
             VolumeFault.MODALITY_UNSUPPORTED,
             f"The scan says that it is {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
@@ -88,13 +89,9 @@ def find_modality(image, modality: str = "auto", *, assume_hu: bool = False) -> 
         raise VolumeError(
             VolumeFault.NOT_HU,
             f"A CT was expected, but the values ({lo:g} to {hi:g}) cannot be HU: air is at -1000 and water at 0. "
-            "Undo the "
-            "scaling (often: add the intercept), or set assume_hu for a crop that lies within the body.",
+            "Undo the scaling (often: add the intercept), or set assume_hu for a crop that lies within the body.",
         )
     return found
-
-
-KNOWN_TAGS = {"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "SEG", "RTDOSE", "SC", "OT"}
 
 
 def value_range(image) -> tuple[float, float]:
@@ -188,6 +185,26 @@ def read_volume(
     return image
 
 
+def read_ahead(sources, prepare, *, ahead: int = 2):
+    """Yields `prepare(source)` in order, while the next `ahead` sources are prepared in threads.
+
+    Reading scans then costs no time while the model computes: inflating, decoding and resampling hold no interpreter
+    lock. An error is raised at the place of its source. Memory: up to `ahead` + 1 prepared scans.
+    """
+    with ThreadPoolExecutor(max_workers=max(1, ahead)) as pool:
+        waiting = deque()
+        try:
+            for source in sources:
+                waiting.append(pool.submit(prepare, source))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, fill_nonfinite) -> "sitk.Image":
     """What `read_volume` and `inspect_volume` share: the image; warnings and notes go to `findings`."""
     if sitk is None:
@@ -212,8 +229,7 @@ def load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, f
         else:
             raise TypeError(
                 f"a path, a SimpleITK image, a nibabel image or (array, affine) was expected, got "
-                f"{type(source).__name__}; "
-                "an array alone has no geometry"
+                f"{type(source).__name__}; an array alone has no geometry"
             )
         image = _check_values(image, findings, fill_nonfinite)
     except PermissionError:  # its message holds the path
@@ -249,8 +265,7 @@ def _read_path(path: Path, findings: Findings, sizes: dict, **dicom) -> "sitk.Im
         raise VolumeError(
             VolumeFault.NOT_A_SCAN,
             f"The content of this {suffix.lower() if suffix.lower() in SCAN_SUFFIXES else 'file'} is no scan. "
-            "Expected: "
-            "NIfTI, NRRD, MetaImage, or a folder with a DICOM series.",
+            "Expected: NIfTI, NRRD, MetaImage, or a folder with a DICOM series.",
         )
     name, others = str(path).lower(), tuple(s for k, group in SUFFIXES.items() if k != kind for s in group)
     if name.endswith(others) or kind != "dicom" and not name.endswith(SUFFIXES[kind]):

@@ -253,6 +253,16 @@ def test_one_resampling_agrees_with_the_release_in_two(capsys):
     assert error < 6 < 10 * error < wrong
 
 
+def test_reading_ahead_keeps_the_order_and_raises_in_place():
+    sources = [(phantom(seed=s).transpose(2, 1, 0), AFFINE) for s in range(5)]
+    for image, (array, _) in zip(volume.read_ahead(sources, read_volume), sources, strict=True):
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), array.transpose(2, 1, 0))
+    reader = volume.read_ahead([sources[0], "nowhere.nii", sources[1]], read_volume, ahead=2)
+    assert next(reader).GetSize() == (19, 16, 13)
+    with pytest.raises(volume.VolumeError, match="NO_SUCH_FILE"):
+        next(reader)
+
+
 # === Intensity =======================================================================================================
 
 
