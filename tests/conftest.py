@@ -3,14 +3,18 @@
 Sizes differ on every axis, so that a swapped axis fails. No network, no GPU.
 """
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="photon-modules-"))
+# a folder for each process: code is copied there, and several processes must not copy at once
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="photon-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -140,6 +144,4 @@ def run_fresh(code, *args, cwd=None, home=None):
     return done.stdout
 
 
-@pytest.fixture(autouse=True)
-def _two_threads():
-    torch.set_num_threads(2)
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))

@@ -253,8 +253,6 @@ def test_one_resampling_agrees_with_the_release_two(capsys):
     body = (one > -500) & (two > -500)
     error = (one - two).abs()
     with capsys.disabled():
-        print(
-            f"\n  one against two resamplings: {error[body].mean():.1f} HU in the body, {error.mean():.1f} overall"
-        )
+        print(f"\n  one against two resamplings: {error[body].mean():.1f} HU in the body, {error.mean():.1f} overall")
     assert error[body].mean() < 15 and error.mean() < 5
     assert (one.flip(-1) - two).abs()[body].mean() > 100  # a wrong flip would be seen
