@@ -14,7 +14,7 @@ help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/'
 
 demo: .venv/run  ## read a CT and a DICOM folder, answer questions, draw what was kept (writes demo/)
-	.venv/bin/python ask.py --demo
+	.venv/bin/python scripts/demo.py
 
 test: .venv/dev  ## run all tests (no network, no GPU, some minutes)
 	.venv/bin/python -m pytest -q -n auto

@@ -87,11 +87,11 @@ def read_tensor(index, name):
 def photon_config(folder, **fields):
     """PhotonConfig of a Qwen2.5-VL config.json, flat (transformers 4) or nested (5)."""
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if config.get("model_type") != "qwen2_5_vl":
         raise SystemExit(
-            f"config.json names model_type {config.get('model_type')!r}; expected 'qwen2_5_vl', of which the release is "
-            "a variant."
+            f"config.json names model_type {config.get('model_type')!r}; expected 'qwen2_5_vl', that of Qwen2.5-VL "
+            "and of the release."
         )
     kept = {key: value for key, value in config.items() if key not in DROPPED_FIELDS}
     vision = {key: value for key, value in kept.pop("vision_config", {}).items() if key not in DROPPED_FIELDS}
@@ -161,7 +161,7 @@ def from_qwen(folder, random_patch_embed=False):
     model, info = load(folder, photon_config(folder), QWEN_NAMES)
     refuse_misfits(info, missing=NEW, unexpected=re.compile("(?!)"), mismatched={PATCH_EMBED})
     preprocessor = folder / "preprocessor_config.json"
-    normalise = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
+    normalise = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
     if random_patch_embed:
         return model, {}
     name = next(key for key in index if key.endswith("visual.patch_embed.proj.weight"))
@@ -215,7 +215,7 @@ def build_processor(tokenizer, config, volume_fields):
         raise SystemExit(f"The tokenizer lacks {', '.join(missing)}; expected that of Qwen2.5-VL.")
     for field, token in ids.items():
         setattr(config, field, vocabulary[token])
-    template = (ROOT / "chat_template.jinja").read_text()
+    template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
     return processor_class(volume_class(**volume_fields), tokenizer, chat_template=template)
 
 
@@ -225,10 +225,10 @@ def complete(output):
         if file.name != Path(__file__).name and file.parent != output.resolve():
             shutil.copy(file, output)
     path = output / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
     config["architectures"] = ["PhotonForConditionalGeneration"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(argv=None):

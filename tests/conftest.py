@@ -138,7 +138,7 @@ def run_fresh(code, *args, cwd=None, home=None):
         env |= {"HF_HOME": home or empty, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, args)],
-            cwd=cwd or empty, env=env, capture_output=True, text=True, timeout=300,
+            cwd=cwd or empty, env=env, capture_output=True, encoding="utf-8", errors="replace", timeout=300,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

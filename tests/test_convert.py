@@ -114,8 +114,9 @@ assert model.config.im_end_token_id == tokenizer.convert_tokens_to_ids("<|im_end
 assert model.config.user_token_id == tokenizer.convert_tokens_to_ids("user")
 assert model.config.video_token_id == tokenizer.convert_tokens_to_ids("<|video_pad|>")
 z, y, x = np.mgrid[:20, :30, :40]
-scan = (np.where((z - 10) ** 2 + (y - 15) ** 2 + (x - 20) ** 2 < 80, 40, -1000).astype("int16"), np.diag([9, 8, 7, 1.0]))
-answer = pipeline("volume-question-answering", model=sys.argv[1], trust_remote_code=True)(scan, "Where?", max_new_tokens=2)
+array = np.where((z - 10) ** 2 + (y - 15) ** 2 + (x - 20) ** 2 < 80, 40, -1000).astype("int16")
+ask = pipeline("volume-question-answering", model=sys.argv[1], trust_remote_code=True)
+answer = ask((array, np.diag([9, 8, 7, 1.0])), "Where?", max_new_tokens=2)
 assert answer["tokens_seen"] == 1000, answer
 """,
         tmp_path / "photon",

@@ -15,17 +15,16 @@ from transformers import AutoModelForImageTextToText
 
 META = json.loads((FIXTURE / "meta.json").read_text())
 PROMPT = META["prompt_length"]
-FRESH = (
-    """
+FRESH = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+n = int(sys.argv.pop())
 folder, fixture, out = sys.argv[1:]
 e = load_file(fixture)
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 base = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-n = %d
 scan = {k: e[k] for k in ("pixel_values_videos", "video_grid_thw")}
 kinds = (e["input_ids"] == config.video_token_id).int() * 2
 with torch.no_grad():
@@ -45,8 +44,6 @@ save_file({
     "base": (hidden @ model.lm_head.weight.T).contiguous(),
 }, out)
 """
-    % PROMPT
-)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def converted(tmp_path_factory):
 
 
 def test_inference_and_generation_in_a_fresh_process(converted, expected, tmp_path):
-    run_fresh(FRESH, converted, FIXTURE / "expected.safetensors", tmp_path / "got.safetensors")
+    run_fresh(FRESH, converted, FIXTURE / "expected.safetensors", tmp_path / "got.safetensors", PROMPT)
     got = load_file(tmp_path / "got.safetensors")
     for name in ("position_ids", "rope_deltas", "infer.keep", "generate.tokens"):
         assert torch.equal(got[name].long(), expected[name].long()), name

@@ -1,6 +1,6 @@
 """The phantoms' truth against what an independent reader (nibabel, RAS) finds in the files.
 
-    python -m pytest tests/test_phantoms.py
+python -m pytest tests/test_phantoms.py
 """
 
 import importlib.util

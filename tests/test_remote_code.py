@@ -142,7 +142,9 @@ def test_merged_lora_equals_reloaded(tmp_path):
 
     base = published(tmp_path)
     lora = LoraConfig(
-        r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)", modules_to_save=["scheduler", "patch_embed"]
+        r=4,
+        target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)",
+        modules_to_save=["scheduler", "patch_embed"],
     )  # fmt: skip
     model = get_peft_model(base, lora)
     for name, parameter in model.named_parameters():

@@ -1,0 +1,233 @@
+"""Ask a question about a scan.
+
+    python ask.py SCAN "question" [--model DIR] [--overlay out.png] [--keep-map out.nii.gz] [--dense] [--json]
+    python ask.py PRIOR NOW "Has the lesion grown?"
+    python ask.py --inspect SCAN [--overlay out.png]
+
+SCAN is a NIfTI, NRRD or MetaImage file, or a DICOM folder. Prints the answer, how many visual tokens were kept of how
+many seen, and the seconds for reading, vision, prefill and decoding. `--overlay` draws three planes with the kept
+tokens outlined; `--keep-map` writes them as an image on the scan's own voxels, for a viewer to lay over it.
+Not a medical device.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import overlay
+
+ROOT = Path(__file__).resolve().parent
+PICTURES = {".png", ".jpg", ".jpeg", ".pdf", ".svg"}
+IMAGES = (".nii", ".nii.gz", ".nrrd", ".mha")
+
+
+def shipped(name):
+    """A shipped class or function, through the loader that `trust_remote_code=True` uses."""
+    return get_class_from_dynamic_module(name, str(ROOT))
+
+
+class Clock(StoppingCriteria):
+    """Never stops; notes when the first token was there."""
+
+    def __init__(self, device):
+        self.device, self.first = device, None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if self.first is None:
+            self.first = now(self.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def load(folder, device="auto", dtype="auto", **volume_options):
+    """Processor and model of a local folder or Hub id. volume_options: fields of the volume processor to override."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **volume_options)
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"  # bfloat16 is slower there
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    return processor, model.to(device).eval()
+
+
+@torch.inference_mode()
+def ask(processor, model, scans, question, **generate_options):
+    """Answer one question about one or more scans.
+
+    Args: scans: paths, objects in memory, or dicts with reading options; generate_options: `token_budget`,
+        `use_scheduler`, `max_new_tokens`, ...
+    Returns: a dict of the answer, counts and seconds; the processor's inputs; the keep mask (1, V).
+    """
+    device = model.device
+    start = time.perf_counter()
+    parts = [{"type": "volume", **(scan if isinstance(scan, dict) else {"volume": scan})} for scan in scans]
+    chat = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    read = time.perf_counter()
+    inputs = inputs.to(device)
+    rest = {key: value for key, value in inputs.items() if key != "pixel_values_videos"}
+    begin = now(device)
+    features = model.model.get_video_features(
+        inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+    )
+    seen = now(device)
+    clock = Clock(device)
+    output = model.generate(
+        **rest,
+        mm_encoder_outputs={"video": features},
+        stopping_criteria=[clock],
+        return_dict_in_generate=True,
+        **generate_options,
+    )
+    end = now(device)
+    total = int((inputs["input_ids"] == model.config.video_token_id).sum())
+    cut = output.past_key_values.cut
+    keep = torch.ones(1, total, dtype=torch.bool) if cut is None else cut.keep_mask
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
+    result = {
+        "answer": processor.decode(tokens, skip_special_tokens=True).strip(),
+        "tokens_kept": int(keep.sum()),
+        "tokens_seen": total,
+        "answer_tokens": len(tokens),
+        "seconds": {
+            "reading": read - start,
+            "vision": seen - begin,
+            "prefill": clock.first - seen,
+            "decode": end - clock.first,
+        },
+    }
+    return result, inputs, keep
+
+
+def outlined(processor, inputs, keep, scans, file, caption, window=None):
+    """Write the overlay of each scan, a dict with "volume"; later ones get _2, _3 in their name."""
+    for number, scan in enumerate(scans):
+        source, options = (scan["volume"], {k: v for k, v in scan.items() if k != "volume"})
+        image = shipped("volume_photon.read_volume")(source, **options)
+        planes = overlay.views(image, processor.keep_map(keep, inputs, 0, number))
+        overlay.draw(planes, numbered(file, number), caption, window or display_window(processor, image))
+
+
+def display_window(processor, image):
+    """Soft tissue in CT, what the model sees in MR."""
+    settings = processor.image_processor
+    modality = shipped("volume_photon.find_modality")(image, settings.modality, assume_hu=settings.assume_hu)
+    if modality == "ct":
+        return overlay.SOFT_TISSUE
+    return shipped("volume_photon.intensity_window")(image, modality=modality, percentiles=settings.percentiles)
+
+
+def numbered(file, number):
+    """out.nii.gz -> out_2.nii.gz for the second scan."""
+    stem, suffixes = file.name.split(".", 1)
+    return file if number == 0 else file.with_name(f"{stem}_{number + 1}.{suffixes}")
+
+
+def inspect(args):
+    """Report on a scan, without a model."""
+    options = {} if args.modality is None else {"modality": args.modality}
+    report = shipped("inspect_photon.inspect_volume")(args.scans[0], series=args.series, frame=args.frame, **options)
+    print(json.dumps(report.as_dict()) if args.json else report)
+    if args.overlay:
+        report.picture(args.overlay)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scans", nargs="+", metavar="SCAN ... QUESTION", help="one or more scans, then the question")
+    parser.add_argument("--inspect", action="store_true", help="report how one scan is read; no question, no model")
+    parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository's tiny model)")
+    parser.add_argument("--overlay", type=Path, metavar="PNG", help="draw three planes with the kept tokens outlined")
+    parser.add_argument("--keep-map", type=Path, metavar="NII", help="write the kept tokens on the scan's voxels")
+    parser.add_argument("--dense", action="store_true", help="keep all tokens")
+    parser.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient tokens")
+    parser.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the tokens")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of the answer")
+    parser.add_argument("--series", type=int, help="which DICOM series of a folder")
+    parser.add_argument("--frame", type=int, help="which frame of a 4D scan")
+    parser.add_argument("--modality", choices=["auto", "ct", "mr"], help="what the scan is (default: the model's)")
+    parser.add_argument("--window", type=float, nargs=2, metavar=("LO", "HI"), help="grey levels of the overlay")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    if args.inspect:
+        if len(args.scans) != 1:
+            parser.error("--inspect takes one scan and no question.")
+    elif len(args.scans) < 2:
+        parser.error("Give one or more scans, then the question in quotes.")
+    if sum((args.dense, args.token_budget is not None, args.keep_ratio is not None)) > 1:
+        parser.error("--dense, --token-budget and --keep-ratio exclude each other.")
+    if args.overlay and args.overlay.suffix.lower() not in PICTURES:
+        parser.error(f"--overlay needs one of the suffixes {', '.join(sorted(PICTURES))}.")
+    if args.keep_map and not args.keep_map.name.lower().endswith(IMAGES):
+        parser.error(f"--keep-map needs one of the suffixes {', '.join(IMAGES)}.")
+    for file in filter(None, (args.overlay, args.keep_map)):
+        if not file.resolve().parent.is_dir():
+            parser.error("The folder of --overlay or --keep-map does not exist.")
+    return args
+
+
+def run(args):
+    if args.inspect:
+        return inspect(args)
+    *scans, question = args.scans
+    reading = {k: v for k, v in (("series", args.series), ("frame", args.frame)) if v is not None}
+    scans = [{"volume": scan, **reading} for scan in scans]
+    volume_options = {} if args.modality is None else {"modality": args.modality}
+    processor, model = load(args.model, args.device, args.dtype, **volume_options)
+    options = {
+        "token_budget": args.token_budget,
+        "keep_ratio": args.keep_ratio,
+        "use_scheduler": False if args.dense else None,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    result, inputs, keep = ask(processor, model, scans, question, **options)
+    if args.keep_map:
+        import SimpleITK as sitk
+
+        for number in range(len(scans)):
+            kept = processor.keep_map(keep, inputs, 0, number)
+            sitk.WriteImage(kept, str(numbered(args.keep_map, number)), useCompression=True)
+    if args.overlay:
+        outlined(processor, inputs, keep, scans, args.overlay, caption(question, result), args.window)
+    print(json.dumps(result) if args.json else described(result))
+
+
+def caption(question, result):
+    return f"{question}  {result['answer']}  ({result['tokens_kept']} of {result['tokens_seen']} tokens kept)"
+
+
+def described(result):
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in result["seconds"].items())
+    return (
+        f"{result['answer'] or '(empty answer)'}\n"
+        f"{result['tokens_kept']} of {result['tokens_seen']} visual tokens kept; {seconds}"
+    )
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError) as error:  # a fault of the input, not of the program: one line
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

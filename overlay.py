@@ -1,0 +1,109 @@
+"""Three planes of a scan, upright, with outlines around what was kept.
+
+Radiological convention: the patient's right on the picture's left in axial and coronal views, anterior on the left in
+sagittal ones; anterior or superior up. Nothing but voxels is drawn: no name, no date, no path.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+try:
+    import SimpleITK as sitk
+except ImportError:
+    sitk = None
+try:
+    import matplotlib
+    from matplotlib import patheffects, pyplot
+except ImportError:
+    matplotlib = None
+
+SOFT_TISSUE = (-160.0, 240.0)  # HU
+OUTLINE = "#ffb000"
+
+
+@dataclass
+class View:
+    """One plane: rows from the top, columns from the left, as it is drawn."""
+
+    name: str
+    pixels: np.ndarray  # (rows, columns), the scan's own units
+    kept: np.ndarray  # (rows, columns) bool
+    spacing: tuple[float, float]  # mm between rows, between columns
+    sides: tuple[str, str, str, str]  # letters at left, right, top, bottom
+
+
+def views(scan, kept=None, at=None):
+    """Axial, coronal and sagittal `View` of a SimpleITK image.
+
+    Args:
+        scan: 3D image of any orientation; an oblique one is shown along its own axes.
+        kept: image on the same voxels, nonzero where kept.
+        at: (x, y, z) voxel indices in LPS order through which the planes go; default where there is most to see, of
+            the body both kept and dropped.
+    """
+    scan = sitk.DICOMOrient(scan, "LPS")  # array (z, y, x): to superior, posterior, left
+    pixels = sitk.GetArrayFromImage(scan)
+    mask = np.zeros(pixels.shape, bool) if kept is None else sitk.GetArrayFromImage(sitk.DICOMOrient(kept, "LPS")) > 0
+    if at is None:
+        body = sitk.GetArrayFromImage(sitk.OtsuThreshold(scan, 0, 1)) > 0
+        at = most_telling(mask & body, body & ~mask)
+    x, y, z = at
+    dx, dy, dz = scan.GetSpacing()
+    up = slice(None, None, -1)  # superior is the last slice and belongs on top
+    return [
+        View("axial", pixels[z], mask[z], (dy, dx), ("R", "L", "A", "P")),
+        View("coronal", pixels[up, y], mask[up, y], (dz, dx), ("R", "L", "S", "I")),
+        View("sagittal", pixels[up, :, x], mask[up, :, x], (dz, dy), ("A", "P", "S", "I")),
+    ]
+
+
+def most_telling(kept, dropped):
+    """(x, y, z) of the planes that cross most of both masks (z, y, x), of equal ones that nearest to the centre."""
+    place = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        a, b = kept.sum(others), dropped.sum(others)
+        score = np.minimum(a, b) if np.minimum(a, b).any() else a + b
+        best = np.flatnonzero(score == score.max())
+        place.append(int(best[np.abs(best - (len(score) - 1) / 2).argmin()]))
+    return tuple(place[::-1])
+
+
+def draw(planes, file, caption="", window=SOFT_TISSUE):
+    """Write a PNG (or what the suffix says) of views side by side.
+
+    window: (lo, hi) in the scan's units, black to white.
+    """
+    if matplotlib is None:
+        raise ImportError("drawing needs matplotlib: pip install matplotlib")
+    widths = [plane.pixels.shape[1] * plane.spacing[1] for plane in planes]
+    heights = [plane.pixels.shape[0] * plane.spacing[0] for plane in planes]
+    scale = 14 / sum(widths)  # inches a mm
+    figure = pyplot.Figure(figsize=(14, max(heights) * scale + 0.9), facecolor="black")
+    axes = figure.subplots(1, len(planes), width_ratios=widths, squeeze=False)[0]
+    for plane, axis, width, height in zip(planes, axes, widths, heights, strict=True):
+        extent = (0, width, height, 0)  # mm, so that a voxel has its true shape
+        axis.imshow(plane.pixels, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="nearest")
+        if plane.kept.any() and not plane.kept.all():
+            closed = np.pad(plane.kept.astype(float), 1)  # outlines close at the scan's border
+            rows = (np.arange(closed.shape[0]) - 0.5) * plane.spacing[0]
+            columns = (np.arange(closed.shape[1]) - 0.5) * plane.spacing[1]
+            axis.contour(columns, rows, closed, [0.5], colors=OUTLINE, linewidths=0.9)
+        axis.set_xlim(-1, width + 1)
+        axis.set_ylim(height + 1, -1)
+        axis.set_axis_off()
+        left, right, top, bottom = plane.sides
+        for x, y, letter, where in (
+            (0.015, 0.5, left, ("left", "center")),
+            (0.985, 0.5, right, ("right", "center")),
+            (0.5, 0.985, top, ("center", "top")),
+            (0.5, 0.015, bottom, ("center", "bottom")),
+        ):
+            text = axis.text(x, y, letter, color="white", fontsize=11, ha=where[0], va=where[1])
+            text.set_transform(axis.transAxes)
+            text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="black")])
+        axis.set_title(plane.name, color="white", fontsize=10)
+    figure.text(0.5, 0.02, caption, color="white", ha="center", va="bottom", fontsize=11, wrap=True)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=0.9 / figure.get_figheight() * 0.6, wspace=0.03)
+    figure.savefig(file, dpi=110, facecolor="black")
