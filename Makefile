@@ -28,7 +28,8 @@ clean:  ## remove .venv and what the demo wrote
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet --retries 1 --timeout 10 $(TORCH)
+	@echo "installing $(TORCH)"
+	@.venv/bin/python -m pip install --disable-pip-version-check -qq --retries 1 --timeout 10 $(TORCH)
 	@touch $@
 
 .venv/run: .venv/torch requirements.txt constraints.txt

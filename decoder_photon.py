@@ -153,6 +153,12 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         text_positions = None
         if len(position_ids) == 4:  # generation puts the text positions first, by which packed rows are told apart
             text_positions, position_ids = position_ids[0], position_ids[1:]
+        if visual_mask is not None and attention_mask is None and text_positions is not None:
+            if (text_positions.diff(dim=-1) < 0).any():
+                raise ValueError(
+                    "The text positions start anew within a row, so it holds several packed samples; the scheduler "
+                    "takes a row for one. Pad the samples in rows of their own, or set use_scheduler=False."
+                )
         embeddings = self.rotary_emb(inputs_embeds, position_ids)
         options = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
 
@@ -183,16 +189,19 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             hidden_states, *looks = run(
                 layer, hidden_states, look_at=(question_index, visual_index), look_only=cut_layer == 0
             )
-            schedule = self.scheduler(*looks, question, visual, layer.self_attn.scaling, keep_count, flip)
             if cut_layer == 0:
                 hidden_states = hidden_states_in
+            device = hidden_states.device  # of this layer; masks and scheduler may live on others
+            schedule = self.scheduler(*looks, question, visual, layer.self_attn.scaling, keep_count, flip).to(device)
+            visual_index, visual = visual_index.to(device), visual.to(device)
             phase = self.scheduler_phase if self.training else "hard"
             if phase == "dense":
                 hidden_states = hidden_states + 0.0 * schedule.keep_prob.sum().to(hidden_states.dtype)
             elif phase == "soft":
                 hidden_states = soft_weight(hidden_states, schedule, visual_index, visual)
             else:
-                keep_index = cut_index(visual_mask, schedule.keep, real_places(attention_mask, visual_mask))
+                real = real_places(attention_mask, visual_mask)
+                keep_index = cut_index(visual_mask.to(device), schedule.keep, real.to(device))
                 hidden_states = surrogate_gather(
                     hidden_states, schedule, visual_index, visual, keep_index, self.photon
                 )  # (B, S', D)
@@ -238,6 +247,8 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
                 "count tokens that it does not hold. Pass no past_key_values, or a PhotonCache."
             )
         for layer in cache.layers[:cut_layer] if evict else ():
+            if not layer.is_initialized:
+                continue  # gradient checkpointing has turned the cache off
             if not type(layer).__name__ == "DynamicLayer":
                 raise ValueError(
                     f"evict_early_layers=True cannot delete from a {type(layer).__name__}; use the default dynamic "

@@ -180,6 +180,8 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         Raises: `ValueError` where masks, marks and volumes do not fit together; it says which row.
         """
         _refuse_static(attention_mask, past_key_values)
+        if not use_scheduler and (token_budget is not None or keep_ratio is not None):
+            raise ValueError("use_scheduler=False keeps all tokens; drop it, or token_budget and keep_ratio.")
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None:
             visual = (input_ids == self.config.video_token_id) | (input_ids == self.config.image_token_id)

@@ -40,6 +40,8 @@ class PhotonVolumeKwargs(TypedDict, total=False):
     fill_nonfinite: float | int | None
     assume_hu: bool
     max_voxels: int
+    patch_size: int
+    merge_size: int
 
 
 class PhotonVolumeProcessor(ImageProcessingMixin):
@@ -145,18 +147,22 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         array = array.reshape(t, p, h // m, m, p, w // m, m, p)
         return np.ascontiguousarray(array.transpose(0, 2, 5, 3, 6, 1, 4, 7)).reshape(t * h * w, p**3)
 
-    def __call__(self, volumes, return_tensors=None, **kwargs):
-        """volumes: list of scans, or of dicts of a scan under "path" or "volume" with reading options.
+    def __call__(self, volumes, return_tensors=None, **fields):
+        """volumes: list of scans, or of dicts of a scan under "path" or "volume" with reading options; fields: of this
+        processor, other for this call.
 
         Returns: `pixel_values_videos` (patches of all scans, patch_size^3) float32, `video_grid_thw` (scans, 3), and
             `scans`, a list of the geometries: {"scan": ..., "grid": ..., "grid_thw": ...}.
         """
+        own = self
+        if fields:
+            own = type(self)(**({name: getattr(self, name) for name in PhotonVolumeKwargs.__annotations__} | fields))
         patches, scans = [], []
         for volume in volumes:
             source, options = _source(volume)
-            array, scan, grid = self.read(source, **options)
-            patches.append(self.patchify(array))
-            scans.append({"scan": asdict(scan), "grid": asdict(grid), "grid_thw": self.grid_thw})
+            array, scan, grid = own.read(source, **options)
+            patches.append(own.patchify(array))
+            scans.append({"scan": asdict(scan), "grid": asdict(grid), "grid_thw": own.grid_thw})
         data = {
             "pixel_values_videos": np.concatenate(patches),
             "video_grid_thw": np.array([scan["grid_thw"] for scan in scans]),
@@ -213,6 +219,7 @@ class PhotonProcessor(ProcessorMixin):
             text (`str` or `list[str]`): prompts with one `<|video_pad|>` a scan, as the chat template makes them.
             volumes: one scan, a list of scans for all prompts in turn, or a list of lists, one a prompt. A scan is
                 anything that `read_volume` takes, or a dict of it with reading options.
+            kwargs: those of the tokenizer, and fields of the volume processor for this call, such as `modality="mr"`.
         Returns: `BatchFeature` with an attribute `scans`, a list of geometries for each prompt.
         Raises: `ValueError` where scans and placeholders do not match, `VolumeError` where a scan cannot be read.
         """
@@ -233,7 +240,9 @@ class PhotonProcessor(ProcessorMixin):
                     f"The prompts have {counts} volume placeholders ({self.video_token}), but {given} volumes were "
                     "passed. Every scan needs one placeholder in its own prompt; the chat template writes them."
                 )
-        out = super().__call__(text=text, videos=flat or None, **kwargs)
+        fields = {name: kwargs.pop(name) for name in PhotonVolumeKwargs.__annotations__ if name in kwargs}
+        processed = self.image_processor(flat, **fields) if flat else None
+        out = super().__call__(text=text, videos=processed, **kwargs)
         scans = iter(out.pop("scans", ()))
         out.scans = [[next(scans) for _ in row] for row in rows or [[] for _ in texts]]
         return out
@@ -243,9 +252,8 @@ class PhotonProcessor(ProcessorMixin):
             raise ValueError("Pass text, volumes or both.")
 
     def _process_videos(self, videos, **kwargs):
-        processed = self.image_processor(videos)
-        counts = processed["video_grid_thw"].prod(-1) // self.image_processor.merge_size**2
-        return processed, [self.video_token * int(count) for count in counts]
+        counts = videos["video_grid_thw"].prod(-1) // self.image_processor.merge_size**2
+        return videos, [self.video_token * int(count) for count in counts]
 
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         images, videos, audios, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)

@@ -11,7 +11,7 @@ size, Q question tokens, V visual tokens (rows with fewer are padded on the righ
 - `surrogate_gather`: the gather, with a backward rule for the keep probabilities (paper section 3.3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ class Schedule:
     saliency: torch.Tensor  # float32, 0..1
     saliency_logits: torch.Tensor  # float32
     visual_count: torch.Tensor  # (B,) long, visual tokens of each row
+
+    def to(self, device):
+        return Schedule(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 def question_weights(query, key, question, scaling, floor):
@@ -263,7 +266,7 @@ def cut_index(visual_mask, keep, attention_mask):
 
 def gather_places(tensor, index):
     """tensor (B, S, ...) at index (B, S'), zeros where the index is -1. Returns (B, S', ...)."""
-    trailing = tensor.shape[2:]
+    index, trailing = index.to(tensor.device), tensor.shape[2:]
     shape = (*index.shape, *(1 for _ in trailing))
     places = index.clamp(min=0).view(shape).expand(*index.shape, *trailing)
     return tensor.gather(1, places) * (index >= 0).view(shape).to(tensor.dtype)

@@ -22,7 +22,8 @@ import phantoms  # noqa: E402
 from convert_photon import build_processor, complete, photon_class  # noqa: E402
 
 SPECIAL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 ROLES = ["system", "user", "assistant", "You are a helpful assistant."]
@@ -109,7 +110,11 @@ def main(argv=None):
     processor = build_processor(tokenizer, config, {"grid": GRID, "spacing": SPACING, "mean": 0.5, "std": 0.5})
     model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config).to(torch.bfloat16)
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64, do_sample=False
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[3:]),  # marks of the input, not words
+        max_new_tokens=64,
+        do_sample=False,
     )
     processor.save_pretrained(output)
     model.save_pretrained(output)

@@ -123,14 +123,17 @@ def test_continuing_from_the_cache_equals_a_fresh_prompt(fields):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
-def test_going_on_with_the_same_answer_needs_no_mask():
-    model = tiny_model()
-    inputs = collate(three_rows()[:1])
+@EXACT
+def test_going_on_with_the_same_answer_needs_no_mask(fields):
+    """Also where the early layers have forgotten tokens, and for a batch with padding."""
+    model = tiny_model(**fields)
+    inputs = collate([*three_rows(), text_row()])
     whole = greedy(model, inputs, max_new_tokens=9)
     part = greedy(model, inputs, max_new_tokens=4)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
     rest = greedy(
         model,
-        {"input_ids": part.sequences, "attention_mask": torch.ones_like(part.sequences)},
+        {"input_ids": part.sequences, "attention_mask": mask},
         past_key_values=part.past_key_values,
         max_new_tokens=5,
     )
@@ -213,17 +216,20 @@ def test_keeping_everything_equals_not_scheduling():
 
 
 @pytest.mark.parametrize("phase", ["dense", "soft", "hard"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_equals_plain_gradients(phase, reentrant):
+@pytest.mark.parametrize(
+    ("reentrant", "fields"),
+    [(True, {}), (False, {}), (False, {"scheduler_layer": -1}), (False, VARIANTS[4].values[0])],
+)
+def test_checkpointed_equals_plain_gradients(phase, reentrant, fields):
     inputs = collate([*three_rows(answers=True), text_row((60, 61))])
     gradients = []
     for checkpointed in (False, True):
-        model = tiny_model().train()
+        model = tiny_model(**fields).train()
         model.set_scheduler_phase(phase)
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        model(**inputs, use_cache=False).loss.backward()
+        model(**inputs, use_cache=bool(fields)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(g is not None for g in gradients[0].values())
     for name, gradient in gradients[0].items():
@@ -368,3 +374,21 @@ def test_kept_tokens_keep_their_positions():
     torch.testing.assert_close(plain.logits[:, -1], shifted.logits[:, -1], atol=1e-4, rtol=1e-4)
     assert (plain.logits[:, -1] - other.logits[:, -1]).abs().max() > 1e-2
     assert FIRST_WORD == 10
+
+
+def test_padding_on_the_right_equals_padding_on_the_left():
+    """As a training collator may pad."""
+    model = tiny_model()
+    left = collate([*three_rows(answers=True), text_row((60, 61))])
+    right = dict(left)
+    order = left["attention_mask"].argsort(dim=-1, descending=True, stable=True)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
+        right[name] = left[name].gather(1, order)
+    assert right["attention_mask"][:, 0].all() and not right["attention_mask"][:, -1].all()
+    with torch.no_grad():
+        a, b = model(**left), model(**right)
+    assert torch.equal(a.keep_mask, b.keep_mask)
+    torch.testing.assert_close(a.loss, b.loss, atol=1e-5, rtol=1e-5)
+    real = a.keep_index >= 0
+    assert torch.equal(real, b.keep_index >= 0)
+    torch.testing.assert_close(a.logits[real], b.logits[real], atol=1e-4, rtol=1e-4)

@@ -114,6 +114,7 @@ def test_budgets(model, inputs):
         ({"token_budget": -1}, "token_budget is -1"),
         ({"token_budget": 2.5}, "token_budget is 2.5"),
         ({"keep_ratio": 1.5}, "keep_ratio is 1.5"),
+        ({"use_scheduler": False, "token_budget": 3}, "keeps all tokens"),
     ]:
         with pytest.raises(ValueError, match=named):
             model(**inputs, **options)
@@ -157,3 +158,15 @@ def test_rows_without_a_scan_are_right(model):
     assert not any(p.grad.any() for n, p in trained.named_parameters() if "scheduler" in n or "visual" in n)
     with torch.no_grad():
         assert torch.isfinite(model(**inputs).loss)
+
+
+def test_packed_rows(model):
+    rows = collate(three_rows()[:1])
+    length = rows["input_ids"].shape[1]
+    two = {name: torch.cat([rows[name]] * 2, dim=1) for name in ("input_ids", "mm_token_type_ids")}
+    scans = {name: torch.cat([rows[name]] * 2) for name in ("pixel_values_videos", "video_grid_thw")}
+    positions, _ = model.model.get_rope_index(**without(rows, "attention_mask"))
+    text = torch.arange(length).expand(1, 1, -1)
+    packed = torch.cat([torch.cat([text, positions])] * 2, dim=-1)  # (4, 1, 2 S)
+    with pytest.raises(ValueError, match="several packed samples"):
+        model(**two, **scans, position_ids=packed)

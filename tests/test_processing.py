@@ -128,6 +128,18 @@ def test_scaling_fields():
     assert stretched.min() == 0 and stretched.max() == 1
 
 
+def test_fields_for_one_call(processor):
+    image = scan(4)
+    prompt = processor.apply_chat_template(chat(image), add_generation_prompt=True)
+    plain = processor(text=prompt, volumes=image)
+    other = processor(text=prompt, volumes=image, grid=[28, 56, 84], spacing=[9.0, 4.0, 3.0], mean=0.0)
+    assert other["video_grid_thw"].tolist() == [[2, 4, 6]]
+    assert np.array(other["input_ids"]).shape[1] == np.array(plain["input_ids"]).shape[1] - 125 + 12
+    assert other["pixel_values_videos"].min() == 0 and processor.image_processor.grid == [70, 140, 140]
+    by_template = encode(processor, chat(image), processor_kwargs={"modality": "mr"})
+    assert not torch.equal(by_template["pixel_values_videos"], torch.as_tensor(plain["pixel_values_videos"]))
+
+
 @pytest.mark.parametrize("fields", [
     {"grid": (100, 280, 280)}, {"grid": (140, 266, 280)}, {"grid": (140, 280)}, {"grid": (0, 280, 280)},
     {"scaling": "zscore"}, {"std": 0},
