@@ -15,8 +15,11 @@ from conftest import (
     V_START,
     VIDEO,
     VOCABULARY,
+    collate,
     run_fresh,
+    three_rows,
     tiny_config,
+    tiny_model,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -204,3 +207,58 @@ def test_arguments(tmp_path, capsys):
         convert_photon.main(["--qwen", str(tmp_path / "empty"), "--output", str(tmp_path / "z")])
     with pytest.raises(SystemExit, match="model_type 'photon'"):
         convert_photon.main(["--qwen", str(ROOT), "--output", str(tmp_path / "z")])
+
+
+def as_released(model, folder):
+    """A model in the release's own layout: its names, a flat config, two files."""
+    folder.mkdir()
+    config = model.config.to_dict()
+    text, vision = config["text_config"], config["vision_config"]
+    layer = config["scheduler_layer"]
+    renamed = {f"model.layers.{layer}.atp.pos_proj.weight": torch.zeros(text["hidden_size"], 1)}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("model.language_model.scheduler.", f"model.layers.{layer}.atp.")
+        name = name.replace("model.visual.patch_embed", "visual.vision_patch_embed")
+        renamed[name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = tensor.clone()
+    names = sorted(renamed)
+    half = len(names) // 2
+    for number, part in enumerate((names[:half], names[half:]), start=1):
+        file = folder / f"model-0000{number}-of-00002.safetensors"
+        save_file({name: renamed[name] for name in part}, file, metadata={"format": "pt"})
+    index = {name: f"model-0000{1 if i < half else 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    rope = text["rope_parameters"]
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "eos_token_id")  # fmt: skip
+    tower = {key: value for key, value in vision.items() if key not in ("in_channels", "model_type", "dtype")}
+    tower.pop("rope_parameters")
+    ids = {
+        key: config[key]
+        for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
+    flat = {key: text[key] for key in kept} | ids | {
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "use_sliding_window": False,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "vision_config": tower | {"in_chans": 1, "model_type": "qwen2_5_vl"},
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(flat))
+
+
+@pytest.mark.parametrize("fields", [{"layers": 8}, {"layers": 4, "scheduler_layer": 2, "tie_word_embeddings": True}])
+def test_another_checkpoint_of_the_release(tmp_path, fields):
+    """Other sizes, output weights of their own, several files, a scheduler elsewhere."""
+    model = tiny_model(evict_early_layers=True, surrogate="release", **fields)
+    as_released(model, tmp_path / "released")
+    convert_photon.main(["--official", str(tmp_path / "released"), "--output", str(tmp_path / "photon")])
+    again = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "photon", trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    assert again.config.scheduler_layer == model.config.scheduler_layer
+    inputs = collate(three_rows()[2:])
+    with torch.no_grad():
+        ours, theirs = again(**inputs), model(**inputs)
+    assert torch.equal(ours.keep_mask, theirs.keep_mask) and torch.equal(ours.logits, theirs.logits)

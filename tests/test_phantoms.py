@@ -10,11 +10,10 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
-
-nib = pytest.importorskip("nibabel")
-sitk = pytest.importorskip("SimpleITK")
+import SimpleITK as sitk
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("phantoms", ROOT / "phantoms.py")
