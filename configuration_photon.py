@@ -130,6 +130,16 @@ class PhotonConfig(Qwen2_5_VLConfig):
         if self.scheduler_layer is None:
             self.scheduler_layer = max(self.text_config.num_hidden_layers // 4 - 1, 0)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers only warns; but with Qwen's key names the whole decoder would stay random
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"This checkpoint is of type {config_dict['model_type']!r}, not {cls.model_type!r}. Convert it first: "
+                "python convert_photon.py --qwen DIR|HUB_ID --output DIR (or --official for the authors' release)."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_scheduler(self):
         layers = self.text_config.num_hidden_layers
         if self.scheduler_layer is not None and not -1 <= self.scheduler_layer < layers:

@@ -17,6 +17,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from .grid_photon import Geometry, model_grid, resample
+from .store_photon import VolumeStore
 from .volume_photon import intensity_window, read_volume, scale_intensity
 
 READ_OPTIONS = ("series", "frame")
@@ -147,22 +148,35 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         array = array.reshape(t, p, h // m, m, p, w // m, m, p)
         return np.ascontiguousarray(array.transpose(0, 2, 5, 3, 6, 1, 4, 7)).reshape(t * h * w, p**3)
 
-    def __call__(self, volumes, return_tensors=None, **fields):
-        """volumes: list of scans, or of dicts of a scan under "path" or "volume" with reading options; fields: of this
-        processor, other for this call.
+    def prepare(self, volume, store=None):
+        """One scan, or a dict of it with reading options, to patches (N, patch_size^3) and geometry; with a
+        `VolumeStore`, from there or to there."""
+        source, options = _source(volume)
+        key = None if store is None else store.key(source, options)
+        found = None if key is None else store.load(key)
+        if found is not None:
+            return found
+        array, scan, grid = self.read(source, **options)
+        patches = self.patchify(array)
+        geometry = {"scan": asdict(scan), "grid": asdict(grid), "grid_thw": self.grid_thw}
+        if key is not None:
+            store.save(key, patches, geometry)
+        return patches, geometry
 
+    def __call__(self, volumes, return_tensors=None, cache_dir=None, **fields):
+        """
+        Args:
+            volumes: list of scans, or of dicts of a scan under "path" or "volume" with reading options.
+            cache_dir: folder where scans that come as files are kept preprocessed, in float16.
+            fields: of this processor, other for this call.
         Returns: `pixel_values_videos` (patches of all scans, patch_size^3) float32, `video_grid_thw` (scans, 3), and
             `scans`, a list of the geometries: {"scan": ..., "grid": ..., "grid_thw": ...}.
         """
-        own = self
-        if fields:
-            own = type(self)(**({name: getattr(self, name) for name in PhotonVolumeKwargs.__annotations__} | fields))
-        patches, scans = [], []
-        for volume in volumes:
-            source, options = _source(volume)
-            array, scan, grid = own.read(source, **options)
-            patches.append(own.patchify(array))
-            scans.append({"scan": asdict(scan), "grid": asdict(grid), "grid_thw": own.grid_thw})
+        settings = {name: getattr(self, name) for name in PhotonVolumeKwargs.__annotations__} | fields
+        own = type(self)(**settings) if fields else self
+        store = None if cache_dir is None else VolumeStore(cache_dir, settings)
+        patches, scans = zip(*(own.prepare(volume, store) for volume in volumes), strict=True)
+        scans = list(scans)
         data = {
             "pixel_values_videos": np.concatenate(patches),
             "video_grid_thw": np.array([scan["grid_thw"] for scan in scans]),
@@ -219,7 +233,8 @@ class PhotonProcessor(ProcessorMixin):
             text (`str` or `list[str]`): prompts with one `<|video_pad|>` a scan, as the chat template makes them.
             volumes: one scan, a list of scans for all prompts in turn, or a list of lists, one a prompt. A scan is
                 anything that `read_volume` takes, or a dict of it with reading options.
-            kwargs: those of the tokenizer, and fields of the volume processor for this call, such as `modality="mr"`.
+            kwargs: those of the tokenizer; fields of the volume processor for this call, such as `modality="mr"`; and
+                `cache_dir`, a folder where scans that come as files are kept preprocessed.
         Returns: `BatchFeature` with an attribute `scans`, a list of geometries for each prompt.
         Raises: `ValueError` where scans and placeholders do not match, `VolumeError` where a scan cannot be read.
         """
@@ -241,7 +256,7 @@ class PhotonProcessor(ProcessorMixin):
                     "passed. Every scan needs one placeholder in its own prompt; the chat template writes them."
                 )
         fields = {name: kwargs.pop(name) for name in PhotonVolumeKwargs.__annotations__ if name in kwargs}
-        processed = self.image_processor(flat, **fields) if flat else None
+        processed = self.image_processor(flat, cache_dir=kwargs.pop("cache_dir", None), **fields) if flat else None
         out = super().__call__(text=text, videos=processed, **kwargs)
         scans = iter(out.pop("scans", ()))
         out.scans = [[next(scans) for _ in row] for row in rows or [[] for _ in texts]]

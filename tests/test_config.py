@@ -87,3 +87,10 @@ def test_root_configuration_is_a_full_one():
     assert set(config_class.__annotations__) <= set(fields)
     for name in config_class.__annotations__:
         assert written[name] == fields[name], name
+
+
+def test_a_checkpoint_of_another_type_is_refused(tmp_path):
+    """transformers would warn, load the vision tower, and leave the decoder random."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "hidden_size": 64}))
+    with pytest.raises(ValueError, match="convert_photon.py --qwen"):
+        photon_class("modeling_photon.PhotonForConditionalGeneration").from_pretrained(tmp_path)
