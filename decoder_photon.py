@@ -142,6 +142,8 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             raise ValueError("Pass exactly one of input_ids or inputs_embeds.")
         if use_cache and past_key_values is None:
             past_key_values = PhotonCache(config=self.config)
+        if past_key_values is not None and past_key_values.get_seq_length() == 0:
+            past_key_values.cut = None  # a cache that was emptied may still carry its last cut
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]

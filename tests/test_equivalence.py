@@ -143,8 +143,16 @@ def test_going_on_with_the_same_answer_needs_no_mask(fields):
 def test_a_plain_dynamic_cache_serves_too():
     model = tiny_model()
     inputs = collate(three_rows())
-    given = greedy(model, inputs, past_key_values=DynamicCache(config=model.config.text_config))
-    assert torch.equal(given.sequences, greedy(model, inputs).sequences)
+    cache = DynamicCache(config=model.config.text_config)
+    for rows in (three_rows(), three_rows()[:2]):  # emptied, it serves again
+        inputs = collate(rows)
+        given = greedy(model, inputs, past_key_values=cache)
+        assert torch.equal(given.sequences, greedy(model, inputs).sequences)
+        cache = DynamicCache(config=model.config.text_config)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values, layer.is_initialized = None, None, False
 
 
 @EXACT
