@@ -12,19 +12,25 @@ Not a medical device.
 
 import argparse
 import json
+import os
+import re
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
 
 import overlay
 
 ROOT = Path(__file__).resolve().parent
 PICTURES = {".png", ".jpg", ".jpeg", ".pdf", ".svg"}
 IMAGES = (".nii", ".nii.gz", ".nrrd", ".mha")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def shipped(name):
@@ -50,12 +56,34 @@ def now(device):
     return time.perf_counter()
 
 
-def load(folder, device="auto", dtype="auto", **volume_options):
-    """Processor and model of a local folder or Hub id. volume_options: fields of the volume processor to override."""
+def load_processor(folder, **volume_options):
+    """Processor of a local folder or Hub id. volume_options: fields of the volume processor to override."""
+    local = Path(folder).is_dir()
+    if local and not Path(folder, "config.json").is_file():
+        raise ValueError("The folder of --model has no config.json; a complete one is what convert_photon.py writes.")
+    if not local and not HUB_ID.fullmatch(str(folder)):
+        raise ValueError(f"There is no folder {folder}, and it is no Hub id (owner/name). Check --model.")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **volume_options)
+    if not hasattr(processor, "keep_map"):
+        raise ValueError("--model is not a Photon model; convert_photon.py makes one of a Qwen2.5-VL checkpoint.")
+    return processor
+
+
+def usable(device):
+    """A torch device that is there; "auto" takes the GPU where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **volume_options)
-    if dtype == "auto" and device == "cpu":
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):  # what torch raises for an unknown word and for a build without CUDA
+        raise ValueError(f"There is no device {device!r} here; --device takes auto, cpu, cuda, cuda:1, ...") from None
+
+
+def load(folder, device="auto", dtype="auto", **volume_options):
+    """Processor and model of a local folder or Hub id. volume_options: fields of the volume processor to override."""
+    device = usable(device)
+    processor = load_processor(folder, **volume_options)
+    if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # bfloat16 is slower there
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
     return processor, model.to(device).eval()
@@ -67,7 +95,8 @@ def ask(processor, model, scans, question, **generate_options):
 
     Args: scans: paths, objects in memory, or dicts with reading options; generate_options: `token_budget`,
         `use_scheduler`, `max_new_tokens`, ...
-    Returns: a dict of the answer, counts and seconds; the processor's inputs; the keep mask (1, V).
+    Returns: a dict of the answer, counts, the threshold of saliency (`None` where the count was given) and seconds;
+        the processor's inputs; the keep mask (1, V).
     """
     device = model.device
     start = time.perf_counter()
@@ -84,23 +113,30 @@ def ask(processor, model, scans, question, **generate_options):
         inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
     )
     seen = now(device)
-    clock = Clock(device)
-    output = model.generate(
-        **rest,
-        mm_encoder_outputs={"video": features},
-        stopping_criteria=[clock],
-        return_dict_in_generate=True,
-        **generate_options,
-    )
+    clock, schedules = Clock(device), []
+    scheduler = model.model.language_model.scheduler
+    hook = scheduler.register_forward_hook(lambda module, args, schedule: schedules.append(schedule))
+    try:
+        output = model.generate(
+            **rest,
+            mm_encoder_outputs={"video": features},
+            stopping_criteria=[clock],
+            return_dict_in_generate=True,
+            **generate_options,
+        )
+    finally:
+        hook.remove()
     end = now(device)
     total = int((inputs["input_ids"] == model.config.video_token_id).sum())
     cut = output.past_key_values.cut
     keep = torch.ones(1, total, dtype=torch.bool) if cut is None else cut.keep_mask
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
+    by_threshold = schedules and not {"token_budget", "keep_ratio"} & set(generate_options)
     result = {
         "answer": processor.decode(tokens, skip_special_tokens=True).strip(),
         "tokens_kept": int(keep.sum()),
         "tokens_seen": total,
+        "threshold": float(schedules[0].threshold[0]) if by_threshold else None,
         "answer_tokens": len(tokens),
         "seconds": {
             "reading": read - start,
@@ -116,9 +152,12 @@ def outlined(processor, inputs, keep, scans, file, caption, window=None):
     """Write the overlay of each scan, a dict with "volume"; later ones get _2, _3 in their name."""
     for number, scan in enumerate(scans):
         source, options = (scan["volume"], {k: v for k, v in scan.items() if k != "volume"})
-        image = shipped("volume_photon.read_volume")(source, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # given when the scan was read for the model
+            image = shipped("volume_photon.read_volume")(source, **options)
         planes = overlay.views(image, processor.keep_map(keep, inputs, 0, number))
-        overlay.draw(planes, numbered(file, number), caption, window or display_window(processor, image))
+        with writing("--overlay"):
+            overlay.draw(planes, numbered(file, number), caption, window or display_window(processor, image))
 
 
 def display_window(processor, image):
@@ -132,17 +171,37 @@ def display_window(processor, image):
 
 def numbered(file, number):
     """out.nii.gz -> out_2.nii.gz for the second scan."""
-    stem, suffixes = file.name.split(".", 1)
-    return file if number == 0 else file.with_name(f"{stem}_{number + 1}.{suffixes}")
+    suffix = ".nii.gz" if file.name.lower().endswith(".nii.gz") else file.suffix
+    return (
+        file if number == 0 else file.with_name(f"{file.name[: -len(suffix)]}_{number + 1}{file.name[-len(suffix) :]}")
+    )
+
+
+@contextmanager
+def writing(option):
+    """What writers raise, as one error that names the option: SimpleITK's has several lines and another type."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "is the folder writable, and the disk not full?"
+        raise OSError(f"Could not write the file of {option}: {reason}") from None
 
 
 def inspect(args):
-    """Report on a scan, without a model."""
+    """Report on a scan as the processor of --model would read it; the weights are not loaded."""
     options = {} if args.modality is None else {"modality": args.modality}
-    report = shipped("inspect_photon.inspect_volume")(args.scans[0], series=args.series, frame=args.frame, **options)
+    settings = load_processor(args.model, **options).image_processor
+    names = ["modality", "window", "percentiles", "assume_hu", "spacing", "orientation", "max_voxels", "tilt", "gaps"]
+    fields = {name: getattr(settings, name) for name in [*names, "monochrome1", "fill_nonfinite"]}
+    read = {"series": args.series, "frame": args.frame, "size": settings.grid}
+    report = shipped("inspect_photon.inspect_volume")(args.scans[0], **fields, **read)
     print(json.dumps(report.as_dict()) if args.json else report)
-    if args.overlay:
-        report.picture(args.overlay)
+    if args.overlay and report.planes:
+        views = [overlay.seen(name, *plane) for name, plane in report.planes.items()]
+        with writing("--overlay"):
+            overlay.draw(views, args.overlay, "What the model sees of the scan", (0, 255))
+    if not report.readable:
+        raise ValueError("The scan was refused, so there is nothing to draw; the report says why.")
 
 
 def parse(argv=None):
@@ -164,21 +223,55 @@ def parse(argv=None):
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    scans = args.scans if args.inspect else args.scans[:-1]
+    wrong = wrong_question(args) or wrong_reading(args, scans) or wrong_output(args, scans)
+    if wrong:
+        parser.error(wrong)
+    return args
+
+
+def wrong_question(args):
+    """What is wrong with what is asked and how, or `None`."""
     if args.inspect:
         if len(args.scans) != 1:
-            parser.error("--inspect takes one scan and no question.")
-    elif len(args.scans) < 2:
-        parser.error("Give one or more scans, then the question in quotes.")
+            return "--inspect takes one scan and no question."
+        asked = ("dense", "token_budget", "keep_ratio", "max_new_tokens", "keep_map", "window")
+        given = ["--" + name.replace("_", "-") for name in asked if getattr(args, name) not in (None, False)]
+        return f"--inspect asks nothing; leave out {', '.join(given)}." if given else None
+    if len(args.scans) < 2 or os.path.exists(args.scans[-1]):  # a path is no question, and would be drawn
+        return "Give one or more scans, then the question in quotes."
+    if not args.scans[-1].strip():
+        return "The question is empty."
     if sum((args.dense, args.token_budget is not None, args.keep_ratio is not None)) > 1:
-        parser.error("--dense, --token-budget and --keep-ratio exclude each other.")
+        return "--dense, --token-budget and --keep-ratio exclude each other."
+    return None
+
+
+def wrong_reading(args, scans):
+    if args.series is not None and any(os.path.isfile(scan) for scan in scans):
+        return "--series chooses in a DICOM folder, but a scan is a file."
+    if args.window and not args.window[0] < args.window[1]:
+        return "--window takes two numbers, the lower one first."
+    return None
+
+
+def wrong_output(args, scans):
+    """Found before the model runs: minutes of work must not end at a mistyped name, nor a scan be overwritten."""
     if args.overlay and args.overlay.suffix.lower() not in PICTURES:
-        parser.error(f"--overlay needs one of the suffixes {', '.join(sorted(PICTURES))}.")
+        return f"--overlay needs one of the suffixes {', '.join(sorted(PICTURES))}."
     if args.keep_map and not args.keep_map.name.lower().endswith(IMAGES):
-        parser.error(f"--keep-map needs one of the suffixes {', '.join(IMAGES)}.")
-    for file in filter(None, (args.overlay, args.keep_map)):
-        if not file.resolve().parent.is_dir():
-            parser.error("The folder of --overlay or --keep-map does not exist.")
-    return args
+        return f"--keep-map needs one of the suffixes {', '.join(IMAGES)}."
+    for option, file in (("--overlay", args.overlay), ("--keep-map", args.keep_map)):
+        for target in [numbered(file, number) for number in range(len(scans))] if file else ():
+            if not target.resolve().parent.is_dir():
+                return f"The folder of {option} does not exist."
+            if target.is_dir():
+                return f"{option} names a folder; a file was expected."
+            if any(os.path.exists(scan) and target.exists() and target.samefile(scan) for scan in scans):
+                return f"{option} would overwrite a scan; choose another name."
+            if any(os.path.isdir(scan) and target.resolve().is_relative_to(Path(scan).resolve()) for scan in scans):
+                return f"{option} lies in a scan's folder, where it would be read as part of it; choose another one."
+    return None
 
 
 def run(args):
@@ -202,30 +295,45 @@ def run(args):
 
         for number in range(len(scans)):
             kept = processor.keep_map(keep, inputs, 0, number)
-            sitk.WriteImage(kept, str(numbered(args.keep_map, number)), useCompression=True)
+            with writing("--keep-map"):
+                sitk.WriteImage(kept, str(numbered(args.keep_map, number)), useCompression=True)
     if args.overlay:
         outlined(processor, inputs, keep, scans, args.overlay, caption(question, result), args.window)
+    if args.token_budget is not None and args.token_budget > result["tokens_seen"]:
+        print("warning: --token-budget is more than there are visual tokens; all were kept.", file=sys.stderr)
     print(json.dumps(result) if args.json else described(result))
 
 
 def caption(question, result):
-    return f"{question}  {result['answer']}  ({result['tokens_kept']} of {result['tokens_seen']} tokens kept)"
+    answer = result["answer"] or "(empty answer)"
+    return f"{question}  {answer}  ({result['tokens_kept']} of {result['tokens_seen']} tokens kept)"
 
 
 def described(result):
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in result["seconds"].items())
+    threshold = "" if result["threshold"] is None else f" (threshold {result['threshold']:.3f})"
     return (
         f"{result['answer'] or '(empty answer)'}\n"
-        f"{result['tokens_kept']} of {result['tokens_seen']} visual tokens kept; {seconds}"
+        f"{result['tokens_kept']} of {result['tokens_seen']} visual tokens kept{threshold}; {seconds}"
     )
+
+
+def say(message, *where):
+    """A warning as one line without the file of this machine that gave it."""
+    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def main(argv=None):
     args = parse(argv)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
-        run(args)
-    except (ValueError, OSError, ImportError) as error:  # a fault of the input, not of the program: one line
-        print(error, file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            run(args)
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        # a fault of the input or of the machine, not of the program: one line
+        print(" ".join(str(error).split()) or "Out of memory.", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -4,6 +4,7 @@ Radiological convention: the patient's right on the picture's left in axial and 
 sagittal ones; anterior or superior up. Nothing but voxels is drawn: no name, no date, no path.
 """
 
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,15 @@ try:
 except ImportError:
     sitk = None
 try:
-    import matplotlib
-    from matplotlib import patheffects, pyplot
+    from matplotlib import patheffects
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
 except ImportError:
-    matplotlib = None
+    Figure = None
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU
 OUTLINE = "#ffb000"
+SIDES = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
+CAPTION_LINES = 8
 
 
 @dataclass
@@ -52,10 +55,15 @@ def views(scan, kept=None, at=None):
     dx, dy, dz = scan.GetSpacing()
     up = slice(None, None, -1)  # superior is the last slice and belongs on top
     return [
-        View("axial", pixels[z], mask[z], (dy, dx), ("R", "L", "A", "P")),
-        View("coronal", pixels[up, y], mask[up, y], (dz, dx), ("R", "L", "S", "I")),
-        View("sagittal", pixels[up, :, x], mask[up, :, x], (dz, dy), ("A", "P", "S", "I")),
+        View("axial", pixels[z], mask[z], (dy, dx), SIDES["axial"]),
+        View("coronal", pixels[up, y], mask[up, y], (dz, dx), SIDES["coronal"]),
+        View("sagittal", pixels[up, :, x], mask[up, :, x], (dz, dy), SIDES["sagittal"]),
     ]
+
+
+def seen(name, pixels, spacing):
+    """`View` of a plane that is upright already, without outlines."""
+    return View(name, pixels, np.zeros(pixels.shape, bool), spacing, SIDES[name])
 
 
 def most_telling(kept, dropped):
@@ -75,12 +83,14 @@ def draw(planes, file, caption="", window=SOFT_TISSUE):
 
     window: (lo, hi) in the scan's units, black to white.
     """
-    if matplotlib is None:
+    if Figure is None:
         raise ImportError("drawing needs matplotlib: pip install matplotlib")
     widths = [plane.pixels.shape[1] * plane.spacing[1] for plane in planes]
     heights = [plane.pixels.shape[0] * plane.spacing[0] for plane in planes]
     scale = 14 / sum(widths)  # inches a mm
-    figure = pyplot.Figure(figsize=(14, max(heights) * scale + 0.9), facecolor="black")
+    lines = textwrap.wrap(caption, 150, max_lines=CAPTION_LINES, placeholder=" ...")
+    above, below = 0.5, 0.5 + 0.2 * len(lines)  # inches for titles, marks and the caption
+    figure = Figure(figsize=(14, max(heights) * scale + above + below), facecolor="black")
     axes = figure.subplots(1, len(planes), width_ratios=widths, squeeze=False)[0]
     for plane, axis, width, height in zip(planes, axes, widths, heights, strict=True):
         extent = (0, width, height, 0)  # mm, so that a voxel has its true shape
@@ -97,13 +107,17 @@ def draw(planes, file, caption="", window=SOFT_TISSUE):
         for x, y, letter, where in (
             (0.015, 0.5, left, ("left", "center")),
             (0.985, 0.5, right, ("right", "center")),
-            (0.5, 0.985, top, ("center", "top")),
-            (0.5, 0.015, bottom, ("center", "bottom")),
+            (0.5, 1.0, top, ("center", "bottom")),  # outside: a thin slab has no room for them
+            (0.5, 0.0, bottom, ("center", "top")),
         ):
             text = axis.text(x, y, letter, color="white", fontsize=11, ha=where[0], va=where[1])
             text.set_transform(axis.transAxes)
             text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="black")])
-        axis.set_title(plane.name, color="white", fontsize=10)
-    figure.text(0.5, 0.02, caption, color="white", ha="center", va="bottom", fontsize=11, wrap=True)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=0.9 / figure.get_figheight() * 0.6, wspace=0.03)
+        axis.set_title(plane.name, color="white", fontsize=10, loc="left")
+    figure.text(
+        0.5, 0.1 / figure.get_figheight(), "\n".join(lines), color="white", ha="center", va="bottom", fontsize=11,
+        parse_math=False,  # an answer may hold dollar signs
+    )  # fmt: skip
+    height = figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - above / height, bottom=below / height, wspace=0.03)
     figure.savefig(file, dpi=110, facecolor="black")

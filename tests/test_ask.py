@@ -46,7 +46,8 @@ def test_json_and_maps(capsys, scan, tmp_path):
     out = run(capsys, scan, QUESTION, "--json", "--token-budget", 17, "--max-new-tokens", 3, "--keep-map",
               tmp_path / "kept.nii.gz", "--overlay", tmp_path / "seen.png")  # fmt: skip
     result = json.loads(out)
-    assert set(result) == {"answer", "tokens_kept", "tokens_seen", "answer_tokens", "seconds"}
+    assert set(result) == {"answer", "tokens_kept", "tokens_seen", "threshold", "answer_tokens", "seconds"}
+    assert result["threshold"] is None  # a budget leaves it out
     assert (result["tokens_kept"], result["tokens_seen"]) == (17, 125) and 1 <= result["answer_tokens"] <= 3
     assert set(result["seconds"]) == {"reading", "vision", "prefill", "decode"}
     assert all(value >= 0 for value in result["seconds"].values())
@@ -67,6 +68,38 @@ def test_the_answer_is_that_of_generate(scan):
     tokens = whole.sequences[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(tokens, skip_special_tokens=True).strip() == result["answer"]
     assert torch.equal(whole.past_key_values.cut.keep_mask, keep)
+    assert f"(threshold {result['threshold']:.3f})" in ask.described(result)
+    counts = {}
+    for where in (result["threshold"] - 1e-4, result["threshold"] + 1e-4):
+        model.model.language_model.scheduler.register_forward_hook(
+            lambda module, args, schedule, where=where: counts.__setitem__(
+                where, int((schedule.saliency > where).sum())
+            )
+        )
+    model.generate(**inputs, max_new_tokens=1)
+    low, high = counts.values()
+    assert high <= result["tokens_kept"] <= low  # it is the threshold that this many lie above
+
+
+def test_the_keep_map_is_the_mask_in_the_patient(scan, tmp_path):
+    """Each voxel of the scan, carried to the model's grid by hand, finds its token's bit."""
+    processor, model = ask.load(ROOT)
+    _, inputs, keep = ask.ask(processor, model, [str(scan)], QUESTION, token_budget=40, max_new_tokens=1)
+    image, grid = sitk.ReadImage(str(scan)), inputs.scans[0][0]["grid"]
+    size = np.array(image.GetSize())
+    index = np.indices(size).reshape(3, -1)  # x, y, z
+    matrix = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    world = matrix @ index + np.array(image.GetOrigin())[:, None]
+    onto = np.array(grid["direction"]).reshape(3, 3) * grid["spacing"]
+    place = np.linalg.solve(onto, world - np.array(grid["origin"])[:, None])
+    token = np.floor((place + 0.5) / np.array([28, 28, 14])[:, None]).astype(int)  # x, y, z
+    inside = ((token >= 0) & (token < 5)).all(0)
+    expected = np.zeros(len(inside), bool)
+    x, y, z = token[:, inside]
+    expected[inside] = keep[0].reshape(5, 5, 5).numpy()[z, y, x]
+    kept = sitk.GetArrayFromImage(processor.keep_map(keep, inputs)).transpose(2, 1, 0).ravel() > 0
+    assert 0.1 < expected.mean() < 0.9
+    assert (kept == expected).mean() > 0.995  # the rest lie on the border of two tokens
 
 
 def test_dense_keeps_all(capsys, scan):
@@ -83,7 +116,70 @@ def test_two_scans(capsys, scan, tmp_path):
 
 def test_inspect(capsys, scan, tmp_path):
     out = run(capsys, "--inspect", scan, "--json", "--overlay", tmp_path / "read.png")
-    assert json.loads(out)["readable"] is True and (tmp_path / "read.png").exists()
+    report = json.loads(out)
+    assert report["readable"] is True and (tmp_path / "read.png").exists()
+    settings = json.loads((ROOT / "processor_config.json").read_text())["image_processor"]
+    assert report["model"]["size"] == settings["grid"][::-1]  # of the model at hand, not of another one
+    assert report["model"]["spacing"] == settings["spacing"][::-1]
+
+
+def test_inspect_of_a_refused_scan(capsys, tmp_path):
+    path = tmp_path / "doe_jane.nii.gz"
+    sitk.WriteImage(sitk.Image(7, 8, 9, sitk.sitkInt16), str(path))
+    with pytest.raises(SystemExit) as stopped:
+        ask.main(["--inspect", str(path), "--json", "--overlay", str(tmp_path / "read.png")])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and not (tmp_path / "read.png").exists()
+    assert json.loads(captured.out)["faults"][0]["fault"] == "CONSTANT_IMAGE"
+    assert captured.err.count("\n") == 1 and "doe_jane" not in captured.out + captured.err
+
+
+def test_a_warning_is_one_line_without_a_path(capsys, scan, tmp_path):
+    """A mislabelled file is read with a warning, once, although the overlay reads it again."""
+    path = tmp_path / "doe_jane.nrrd"  # a NIfTI file by its content
+    path.write_bytes(scan.read_bytes())
+    ask.main([str(path), QUESTION, "--json", "--max-new-tokens", "1", "--overlay", str(tmp_path / "o.png")])
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: [MISLABELLED_FILE]")
+    assert str(tmp_path) not in lines[0] and "_photon.py" not in lines[0] and "doe_jane" not in lines[0]
+
+
+def test_scans_are_never_overwritten(capsys, scan, tmp_path):
+    first, second, folder = tmp_path / "a.nii.gz", tmp_path / "a_2.nii.gz", tmp_path / "series"
+    first.write_bytes(scan.read_bytes())
+    second.symlink_to(first)
+    folder.mkdir()
+    for scans, target in [
+        ([first], first),
+        ([first], second),  # a link to the scan
+        ([first, second], tmp_path / "a.nii.gz"),
+        ([scan, folder], folder / "kept.nii.gz"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            ask.main([*map(str, scans), QUESTION, "--keep-map", str(target)])
+        assert stopped.value.code == 2
+        assert "overwrite a scan" in (error := capsys.readouterr().err) or "scan's folder" in error
+    assert first.read_bytes() == scan.read_bytes() and not list(folder.iterdir())
+
+
+def test_what_cannot_be_written(capsys, scan, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("Exception thrown in a writer:\nof several lines, with /a/path")
+
+    monkeypatch.setattr(sitk, "WriteImage", full)
+    with pytest.raises(SystemExit) as stopped:
+        ask.main([str(scan), QUESTION, "--max-new-tokens", "1", "--keep-map", str(tmp_path / "kept.nii.gz")])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.count("\n") == 1
+    assert "Could not write the file of --keep-map" in captured.err and "/a/path" not in captured.err
+
+
+def test_a_budget_above_what_there_is(capsys, scan):
+    ask.main([str(scan), QUESTION, "--token-budget", "126", "--max-new-tokens", "1", "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["tokens_kept"] == 125 and "more than there are" in captured.err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -93,17 +189,28 @@ def test_inspect(capsys, scan, tmp_path):
     (["SCAN", "q", "--overlay", "a.bmp"], "suffixes"),
     (["SCAN", "q", "--keep-map", "a.png"], "suffixes"),
     (["SCAN", "q", "--overlay", "no/such/folder/a.png"], "does not exist"),
+    (["SCAN", "q", "--overlay", "FOLDER.png"], "names a folder"),
+    (["SCAN", "SCAN"], "then the question"),  # the question was forgotten, and must not become a caption
+    (["SCAN", "  "], "question is empty"),
+    (["SCAN", "q", "--series", "2"], "a scan is a file"),
+    (["SCAN", "q", "--window", "40", "40"], "lower one first"),
+    (["SCAN", "q", "--device", "nonsense"], "no device 'nonsense'"),
+    (["SCAN", "q", "--model", "FOLDER.png"], "no config.json"),
+    (["--inspect", "SCAN", "--token-budget", "4", "--dense"], "leave out --dense, --token-budget"),
     (["missing.nii.gz", "q"], "NO_SUCH_FILE"),
     (["SCAN", "q", "--token-budget", "-2"], "token_budget is -2"),
     (["SCAN", "q", "--model", "no/such/model"], "no/such/model"),
     (["SCAN", "q", "--frame", "4"], "frame"),
 ])  # fmt: skip
-def test_errors_in_one_line(capsys, scan, arguments, message):
+def test_errors_in_one_line(capsys, scan, tmp_path, arguments, message):
+    (tmp_path / "folder.png").mkdir()
+    names = {"SCAN": str(scan), "FOLDER.png": str(tmp_path / "folder.png")}
     with pytest.raises(SystemExit) as stopped:
-        ask.main([str(scan) if argument == "SCAN" else argument for argument in arguments])
+        ask.main([names.get(argument, argument) for argument in arguments])
     captured = capsys.readouterr()
     assert stopped.value.code == 2 and message in captured.err and "Traceback" not in captured.err
     assert "doe_jane" not in captured.out + captured.err
+    assert captured.err.startswith("usage:") or captured.err.count("\n") == 1
 
 
 def test_as_a_command(scan):
@@ -145,3 +252,16 @@ def test_planes_go_where_there_is_something_to_see():
     dropped = np.zeros_like(kept)
     kept[2, 3, 4] = dropped[2, 3, 5] = dropped[2, 4, 4] = dropped[3, 3, 4] = True
     assert overlay.most_telling(kept, dropped) == (4, 3, 2)
+
+
+def test_a_caption_is_drawn_as_it_is(tmp_path):
+    """Dollar signs are no formula, long answers do not cover the picture, and thin slabs keep their marks."""
+    plane = overlay.seen("axial", np.arange(6.0).reshape(2, 3), (2.0, 40.0))
+    for caption in ("costs $5 and $x_{", "word " * 2000, ""):
+        overlay.draw([plane], tmp_path / "a.png", caption, (0, 5))
+        assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_names_of_several_maps():
+    names = [ask.numbered(ask.Path(name), 1).name for name in ("o.nii.gz", "a.b.nii.gz", "v1.2.png", "O.NII.GZ")]
+    assert names == ["o_2.nii.gz", "a.b_2.nii.gz", "v1.2_2.png", "O_2.NII.GZ"]
