@@ -113,30 +113,25 @@ def ask(processor, model, scans, question, **generate_options):
         inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
     )
     seen = now(device)
-    clock, schedules = Clock(device), []
-    scheduler = model.model.language_model.scheduler
-    hook = scheduler.register_forward_hook(lambda module, args, schedule: schedules.append(schedule))
-    try:
-        output = model.generate(
-            **rest,
-            mm_encoder_outputs={"video": features},
-            stopping_criteria=[clock],
-            return_dict_in_generate=True,
-            **generate_options,
-        )
-    finally:
-        hook.remove()
+    clock = Clock(device)
+    output = model.generate(
+        **rest,
+        mm_encoder_outputs={"video": features},
+        stopping_criteria=[clock],
+        return_dict_in_generate=True,
+        **generate_options,
+    )
     end = now(device)
     total = int((inputs["input_ids"] == model.config.video_token_id).sum())
     cut = output.past_key_values.cut
     keep = torch.ones(1, total, dtype=torch.bool) if cut is None else cut.keep_mask
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
-    by_threshold = schedules and not {"token_budget", "keep_ratio"} & set(generate_options)
+    by_threshold = cut is not None and not {"token_budget", "keep_ratio"} & set(generate_options)
     result = {
         "answer": processor.decode(tokens, skip_special_tokens=True).strip(),
         "tokens_kept": int(keep.sum()),
         "tokens_seen": total,
-        "threshold": float(schedules[0].threshold[0]) if by_threshold else None,
+        "threshold": float(cut.threshold[0]) if by_threshold else None,
         "answer_tokens": len(tokens),
         "seconds": {
             "reading": read - start,

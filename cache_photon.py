@@ -15,6 +15,7 @@ class Cut:
     first_layer: int  # layers below hold the whole prompt
     keep_mask: torch.Tensor  # (B, V) bool: which visual tokens stayed
     visual_count: torch.Tensor  # (B,): of how many
+    threshold: torch.Tensor  # (B, 1)
 
     def attention_mask(self, attention_mask, stored, new):
         """(B, stored + new) for a layer that holds `stored` places of a short prompt and what followed it.

@@ -261,7 +261,14 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
                 for states in (layer.keys, layer.values)
             )
         dropped = length - keep_index.shape[1]
-        cache.cut = Cut(keep_index >= 0, dropped, first, schedule.keep, schedule.visual_count)
+        cache.cut = Cut(
+            mask=keep_index >= 0,
+            dropped=dropped,
+            first_layer=first,
+            keep_mask=schedule.keep,
+            visual_count=schedule.visual_count,
+            threshold=schedule.threshold,
+        )
 
     def _untouched(self):
         """0, but a gradient of 0 for the scheduler: a rank whose batch has no scan must take part in the reduction."""

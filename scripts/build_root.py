@@ -29,6 +29,7 @@ SPECIAL_TOKENS = [
 ROLES = ["system", "user", "assistant", "You are a helpful assistant."]
 VOCABULARY = 1024
 GRID, SPACING = (70, 140, 140), (5.2, 2.6, 2.6)  # voxels and mm: 5 x 5 x 5 = 125 tokens over 364 mm
+SEED = 0
 HIDDEN, LAYERS, HEADS, KEY_HEADS = 128, 4, 4, 2
 VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 96, 2, 4
 
@@ -103,12 +104,14 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=ROOT, help="folder to write to (default: the repository)")
     output = parser.parse_args(argv).output
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
     tokenizer = build_tokenizer()
     config = build_config(tokenizer)
     # centred, since the patch embedding has no bias and most of a scan is air
     processor = build_processor(tokenizer, config, {"grid": GRID, "spacing": SPACING, "mean": 0.5, "std": 0.5})
+    torch.manual_seed(SEED)
     model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config).to(torch.bfloat16)
+    with torch.no_grad():  # a threshold in the middle, so that an untrained model cuts too
+        model.model.language_model.scheduler.predictor.mlp[-1].bias.zero_()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
