@@ -183,10 +183,10 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         if not use_scheduler and (token_budget is not None or keep_ratio is not None):
             raise ValueError("use_scheduler=False keeps all tokens; drop it, or token_budget and keep_ratio.")
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
-        if input_ids is not None:
-            visual = (input_ids == self.config.video_token_id) | (input_ids == self.config.image_token_id)
+        if visual_mask is not None or input_ids is None:
+            visual = _grown(visual_mask, inputs_embeds if input_ids is None else input_ids)
         else:
-            visual = _grown(visual_mask, inputs_embeds)
+            visual = (input_ids == self.config.video_token_id) | (input_ids == self.config.image_token_id)
         if fresh and visual is None and use_scheduler:
             raise ValueError(
                 "Got inputs_embeds without visual_mask and question_mask (B, S), which tell the scheduler where the "
@@ -244,6 +244,8 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             **kwargs,
         )
         if fresh and outputs.past_key_values is not None:
+            if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
+                self.rope_deltas = _rope_deltas(position_ids, attention_mask)
             # with the cache, not with the model alone: another scan may be asked about before this one goes on
             outputs.past_key_values.rope_deltas = self.rope_deltas
         return outputs
@@ -266,6 +268,13 @@ def _next_grid(grids, row):
     if grid is None:
         raise ValueError(f"Row {row} has more groups of volume tokens than there are volumes; they must match.")
     return grid
+
+
+def _rope_deltas(position_ids, attention_mask):
+    """(B, 1): by how much a row's next position differs from its length, of positions (B, S), (3, B, S) or (4, B, S)."""
+    last = (position_ids if position_ids.ndim == 2 else position_ids[-3:].amax(0)).amax(-1)
+    real = real_places(attention_mask, position_ids[0] if position_ids.ndim == 3 else position_ids)
+    return (last + 1 - real.sum(-1).to(last.device)).unsqueeze(1)
 
 
 def _grown(mask, like):

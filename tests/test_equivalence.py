@@ -156,11 +156,15 @@ def test_a_plain_dynamic_cache_serves_too():
 
 
 @EXACT
-def test_a_loop_by_hand_equals_generate(fields):
+@pytest.mark.parametrize("given", [False, True], ids=["positions-found", "positions-given"])
+def test_a_loop_by_hand_equals_generate(fields, given):
     """Row positions, masks and caches without generate's help, on a volume deeper than it is wide."""
     model = tiny_model(**fields)
     inputs = collate(three_rows())
     expected = new_tokens(greedy(model, inputs), inputs)
+    if given:
+        inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
+        greedy(model, collate(three_rows()[:1]))  # leaves other positions behind
     with torch.no_grad():
         out = model(**inputs, use_cache=True)
         mask, tokens = inputs["attention_mask"], []
