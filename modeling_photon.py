@@ -271,7 +271,7 @@ def _next_grid(grids, row):
 
 
 def _rope_deltas(position_ids, attention_mask):
-    """(B, 1): by how much a row's next position differs from its length, of positions (B, S), (3, B, S) or (4, B, S)."""
+    """(B, 1): a row's next position minus its length, of positions (B, S), (3, B, S) or (4, B, S)."""
     last = (position_ids if position_ids.ndim == 2 else position_ids[-3:].amax(0)).amax(-1)
     real = real_places(attention_mask, position_ids[0] if position_ids.ndim == 3 else position_ids)
     return (last + 1 - real.sum(-1).to(last.device)).unsqueeze(1)
