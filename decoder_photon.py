@@ -132,11 +132,13 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         question_mask: torch.BoolTensor | None = None,
         keep_count: torch.LongTensor | None = None,
         flip: torch.BoolTensor | None = None,
+        row_weight: torch.FloatTensor | None = None,
         **kwargs,
     ) -> PhotonModelOutputWithPast:
         """
         Args beyond the parent's: visual_mask, question_mask (B, S) bool, places of visual tokens and of the question;
             without them nothing is scheduled. keep_count (B,): keep so many. flip (B,) bool: keep the others.
+            row_weight (B,): each row's share of the loss.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Pass exactly one of input_ids or inputs_embeds.")
@@ -205,8 +207,9 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
                 real = real_places(attention_mask, visual_mask)
                 keep_index = cut_index(visual_mask.to(device), schedule.keep, real.to(device))
                 hidden_states = surrogate_gather(
-                    hidden_states, schedule, visual_index, visual, keep_index, self.photon
-                )  # (B, S', D)
+                    hidden_states, schedule, visual_index, visual, keep_index, self.photon,
+                    None if row_weight is None else row_weight.to(device),
+                )  # (B, S', D)  # fmt: skip
                 position_ids = torch.stack([gather_places(axis, keep_index) for axis in position_ids])
                 embeddings, text_positions = self.rotary_emb(hidden_states, position_ids), None
                 if past_key_values is not None:

@@ -168,6 +168,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         keep_ratio: float | None = None,
         use_scheduler: bool = True,
         flip: torch.BoolTensor | None = None,
+        row_weight: torch.FloatTensor | None = None,
         **kwargs,
     ) -> PhotonModelOutputWithPast:
         """
@@ -177,6 +178,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             keep_ratio: the same as a share of each row's visual tokens.
             use_scheduler: False answers from all visual tokens.
             flip (B,) bool: rows that keep what they would drop.
+            row_weight (B,): each row's share of the loss, for the surrogate gradient.
         Raises: `ValueError` where masks, marks and volumes do not fit together; it says which row.
         """
         _refuse_static(attention_mask, past_key_values)
@@ -229,6 +231,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
                 "question_mask": _grown(question_mask, visual).bool(),
                 "keep_count": _keep_count(visual.sum(-1), token_budget, keep_ratio),
                 "flip": flip,
+                "row_weight": row_weight,
             }
         outputs = super().forward(
             input_ids=input_ids,
@@ -356,6 +359,10 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             num_items_in_batch: answer tokens of the whole step, as the Trainer counts them over accumulated batches.
         """
         flip = None if objective is None else objective == Objective.FLIP
+        row_weight = None
+        if labels is not None:
+            count = (labels[:, 1:] != -100).sum(-1)
+            row_weight = count / (count.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -374,6 +381,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             keep_ratio=keep_ratio,
             use_scheduler=use_scheduler,
             flip=flip,
+            row_weight=row_weight,
             **kwargs,
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

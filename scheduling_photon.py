@@ -276,14 +276,14 @@ class SurrogateGather(torch.autograd.Function):
     """Delete tokens; on the way back, tell each visual token's keep probability which way the loss would like it."""
 
     @staticmethod
-    def forward(ctx, hidden, keep_prob, visual_index, visual, index, rule):
-        ctx.save_for_backward(hidden, keep_prob, visual_index, visual, index)
+    def forward(ctx, hidden, keep_prob, visual_index, visual, index, rule, row_weight):
+        ctx.save_for_backward(hidden, keep_prob, visual_index, visual, index, row_weight)
         ctx.rule = rule
         return gather_places(hidden, index)
 
     @staticmethod
     def backward(ctx, grad_output):
-        hidden, keep_prob, visual_index, visual, index = ctx.saved_tensors
+        hidden, keep_prob, visual_index, visual, index, row_weight = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden)
         trailing = index.clamp(min=0)[..., None].expand_as(grad_output)
         # add, not set: padded places share index 0, and their gradient is zeroed first
@@ -291,7 +291,9 @@ class SurrogateGather(torch.autograd.Function):
         places = visual_index[..., None].expand(-1, -1, hidden.shape[-1])
         product = hidden.gather(1, places).float() * grad_hidden.gather(1, places).float()  # (B, V, D)
         grad_keep = surrogate_gradient(product, keep_prob.float(), visual, ctx.rule)
-        return grad_hidden, grad_keep.to(keep_prob.dtype), None, None, None, None
+        if row_weight is not None:
+            grad_keep = grad_keep * row_weight[:, None]
+        return grad_hidden, grad_keep.to(keep_prob.dtype), None, None, None, None, None
 
 
 def surrogate_gradient(product, keep_prob, visual, rule):
@@ -324,10 +326,15 @@ def surrogate_gradient(product, keep_prob, visual, rule):
     return rule.surrogate_scale * direction * magnitude * slope * visual
 
 
-def surrogate_gather(hidden, schedule, visual_index, visual, index, rule):
+def surrogate_gather(hidden, schedule, visual_index, visual, index, rule, row_weight=None):
     """hidden (B, S, D) at index (B, S') -> (B, S', D), with the surrogate gradient for `schedule.keep_prob` (B, V);
-    visual_index (B, V) and visual (B, V) as of `masked_index`; rule: a config with the `surrogate*` fields."""
-    return SurrogateGather.apply(hidden, schedule.keep_prob, visual_index, visual, index, rule)
+    visual_index (B, V) and visual (B, V) as of `masked_index`; rule: a config with the `surrogate*` fields.
+
+    row_weight (B,): each row's share of the loss, default 1. The rule normalises the gradients it is given, so a share
+    that is only in the loss would not reach the keep probabilities, and a batch, its micro-batches and its ranks would
+    train the threshold differently.
+    """
+    return SurrogateGather.apply(hidden, schedule.keep_prob, visual_index, visual, index, rule, row_weight)
 
 
 def soft_weight(hidden, schedule, visual_index, visual):
