@@ -1,0 +1,547 @@
+"""The training script: what a stage trains, phases, resuming, accumulation, ranks, saving, refusals.
+
+    pytest tests/test_training.py
+
+A run is compared with another that must be equal: resumed with uninterrupted, four small batches with one, two ranks
+with one process, merged with unmerged, a fresh process with this one.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import ROOT, photon_class, run_fresh
+from safetensors.torch import load_file, save_file
+from test_training_data import GRID, SPACING, ask, say, write_rows
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+import train_hf  # noqa: E402
+from convert_photon import build_processor, complete  # noqa: E402
+from photon_trainer import Phases, group_of, score  # noqa: E402
+from training_data import Collator, load_rows  # noqa: E402
+
+PATCH = "model.visual.patch_embed.proj.weight"
+TERMS = ("loss", "lm_loss", "band_loss", "kept", "kept_min", "kept_max", "threshold", "robust_rows", "flip_rows")
+PHASES = ["--soft-start", "2", "--hard-start", "4", "--flip-start", "5"]
+HARD = ["--soft-start", "0", "--hard-start", "0", "--flip-start", "0"]
+MIXED = ["--photon", "robust_probability=0.3", "flip_probability=0.5"]
+
+
+def write_model(folder, hidden=32):
+    """A random model whose threshold lies amid its saliency, with the tokenizer of this repository."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT)
+    config = photon_class("configuration_photon.PhotonConfig")(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 56, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 24, "intermediate_size": 40, "num_heads": 3, "out_hidden_size": hidden,
+            "window_size": 56, "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    processor = build_processor(tokenizer, config, {"grid": GRID, "spacing": SPACING, "mean": 0.5, "std": 0.5})
+    torch.manual_seed(5)
+    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1 / parameter.shape[1:].numel() ** 0.5)
+        model.model.language_model.scheduler.predictor.mlp[-1].bias.fill_(0.0)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    complete(folder)
+    return folder
+
+
+def write_data(folder):
+    """Eight rows: one or two scans, or text alone."""
+    folder.mkdir()
+    names = []
+    for number in range(3):
+        array = np.random.default_rng(number).integers(-1000, 1000, (17, 19, 23)).astype(np.int16)
+        organs = np.random.default_rng(9).integers(0, 3, array.shape).astype(np.uint8)
+        for name, voxels in ((f"{number}", array), (f"{number}_organs", organs), (f"{number}_lesions", organs // 2)):
+            image = sitk.GetImageFromArray(voxels)
+            image.SetSpacing((7.0, 8.0, 9.0))
+            sitk.WriteImage(image, str(folder / f"{name}.nii.gz"))
+        names.append(f"{number}.nii.gz")
+    rows = []
+    for scans, question, answer in (
+        [
+            ([0], "Is there a lesion?", "no"), ([1], "On which side is it?", "left"), ([], "What is a CT?", "a scan"),
+            ([1, 2], "Has it grown from the first scan to the second?", "grown"), ([2], "How large is it?", "25 mm"),
+            ([0], "How many lesions are there?", "3"), ([2, 0], "Which is larger?", "the second"), ([], "Who?", "me"),
+        ]
+    ):  # fmt: skip
+        rows.append({
+            "task": "text" if not scans else "scan",
+            "volumes": [names[i] for i in scans],
+            "labels": [f"{i}_organs.nii.gz" for i in scans],
+            "lesions": [f"{i}_lesions.nii.gz" for i in scans],
+            "messages": ask(question, len(scans)) + say(answer),
+        })  # fmt: skip
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "two.jsonl", [rows[3], rows[2]])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "rows")
+
+
+@pytest.fixture
+def arguments(model, data, tmp_path):
+    """Command line of a run in `tmp_path / name`."""
+
+    def build(name, *more, stage="tune", steps=2, file="train.jsonl"):
+        return [
+            "--model", model, "--stage", stage, "--train-data", data / file, "--cache-dir", data / "cache",
+            "--output-dir", tmp_path / name, "--max-steps", steps, "--per-device-train-batch-size", 3, "--use-cpu",
+            "--logging-steps", 1, "--save-strategy", "no", "--learning-rate", 1e-2, "--disable-tqdm", "true",
+            "--save-dtype", "float32", "--dataloader-pin-memory", "false", *more,
+        ]  # fmt: skip
+
+    return lambda *args, **options: [str(part) for part in build(*args, **options)]
+
+
+def logged(trainer, names=TERMS):
+    return [
+        {name: line[name] for name in names if name in line} for line in trainer.state.log_history if "loss" in line
+    ]
+
+
+def assert_equal_logs(found, wanted, rel=1e-4):
+    assert len(found) == len(wanted) > 0
+    for a, b in zip(found, wanted, strict=True):
+        assert a.pop("phase", None) == b.get("phase")
+        assert a == pytest.approx({name: b[name] for name in b if name != "phase"}, rel=rel, abs=1e-5)
+
+
+# === What a step changes =============================================================================================
+
+
+@pytest.mark.parametrize("stage, more", [
+    ("align", []), ("dense", []), ("tune", HARD + MIXED), ("tune", ["--lora", *HARD]), ("dense", ["--lora"]),
+])  # fmt: skip
+def test_a_step_changes_what_the_stage_names_and_nothing_else(arguments, model, monkeypatch, stage, more):
+    before = {}
+    build = train_hf.build_trainer
+
+    def remember(model_args, data_args, args, model, *rest):
+        before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        return build(model_args, data_args, args, model, *rest)
+
+    monkeypatch.setattr(train_hf, "build_trainer", remember)
+    # two steps: the first leaves LoRA's A as it is, since B is zero
+    trainer = train_hf.main(arguments("run", *more, stage=stage))
+    after = dict(trainer.model.named_parameters())
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    names = set(load_file(model / "model.safetensors"))
+    if "--lora" in more:
+        wanted = {name for name in before if ".lora_" in name or ".modules_to_save." in name}
+        assert any("visual.patch_embed" in name for name in wanted)
+        assert any("scheduler" in name for name in wanted) == (stage == "tune")
+        assert sum(".lora_A." in name for name in wanted) == 3 * 7
+        assert not any(".lora_" in name and "visual" in name for name in wanted)
+    elif stage == "align":
+        wanted = {PATCH}
+    else:
+        wanted = {name for name in names if stage == "tune" or ".scheduler." not in name}
+    assert changed == wanted
+
+
+def test_each_part_has_its_own_learning_rate(arguments):
+    rates = {"vision": 0.25, "aligner": 0.5, "scheduler": 0.125}
+    more = [part for name, rate in rates.items() for part in (f"--{name}-learning-rate", rate)]
+    trainer = train_hf.main(arguments("run", *more, "--optim", "sgd", "--lr-scheduler-type", "constant", steps=1))
+    seen = {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in seen
+            seen[id(parameter)] = group["lr"]
+    for name, parameter in trainer.model.named_parameters():
+        part = {"model.visual.merger": "aligner", "model.visual": "vision"}.get(
+            name[: 19 if name.startswith("model.visual.merger") else 12], "decoder"
+        )
+        part = "scheduler" if "language_model.scheduler" in name else part
+        assert seen.pop(id(parameter)) == (rates | {"decoder": 1e-2})[part], name
+        assert group_of("base_model.model." + name) == part
+    assert not seen
+    line = trainer.state.log_history[0]
+    assert {name: line[f"lr_{name}"] for name in rates} == rates
+
+
+# === Phases, resuming, accumulation ==================================================================================
+
+
+def test_phases_are_steps_or_shares_of_the_run():
+    class Config:
+        soft_start_step, hard_start_step, flip_start_step = 10, 20, 30
+
+    class Args:
+        soft_start, hard_start, flip_start = None, None, None
+
+    assert [Phases.of(Config, Args, 100).at(step) for step in (0, 9, 10, 19, 20, 99)] == [
+        "dense", "dense", "soft", "soft", "hard", "hard"
+    ]  # fmt: skip
+    Args.soft_start, Args.hard_start, Args.flip_start = 0.25, 40, 0.5
+    assert Phases.of(Config, Args, 100) == Phases(25, 40, 50)
+    Args.hard_start = 60
+    with pytest.raises(ValueError, match=r"\[25, 60, 50\]"):
+        Phases.of(Config, Args, 100)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora", "--lora-dropout", "0.2"]], ids=["full", "lora"])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(arguments, tmp_path, lora):
+    """Stopped within the dense, the soft and the hard phase, and after the first flips."""
+    more = [*PHASES, *MIXED, *lora, "--save-strategy", "steps", "--save-steps", "1"]
+    whole = train_hf.main(arguments("whole", *more, steps=7))
+    wanted = logged(whole, (*TERMS, "grad_norm", "learning_rate", "phase"))
+    assert [line["phase"] for line in wanted] == ["dense"] * 2 + ["soft"] * 2 + ["hard"] * 3
+    assert sum(line["flip_rows"] for line in wanted) > 0 < sum(line["robust_rows"] for line in wanted)
+    for step in (1, 3, 4, 6) if not lora else (3, 5):
+        folder = tmp_path / f"stopped{step}"
+        folder.mkdir()
+        shutil.copy(tmp_path / "whole" / "run.json", folder)
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        resumed = train_hf.main(arguments(folder.name, *more, "--resume", steps=7))
+        assert_equal_logs(logged(resumed, tuple(wanted[0]))[step:], wanted[step:], rel=1e-5)
+    config = json.loads((tmp_path / "whole" / "checkpoint-7" / "config.json").read_text()) if not lora else None
+    if config:
+        assert [config[f"{name}_start_step"] for name in ("soft", "hard", "flip")] == [2, 4, 5]
+
+
+def test_small_batches_add_up_to_a_large_one(arguments):
+    """Every term, with text-only rows, perturbed and flipped rows, and the token head."""
+    more = [
+        *PHASES,
+        *MIXED,
+        "--token-labels",
+        "--token-label-classes",
+        "3",
+        "--optim",
+        "sgd",
+        "--learning-rate",
+        "1e-3",
+    ]
+    one = ["--per-device-train-batch-size", "4"]
+    four = ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "4"]
+    logs = [logged(train_hf.main(arguments(name, *more, *how, steps=7)), (*TERMS, "token_loss", "grad_norm"))
+            for name, how in (("one", one), ("four", four))]  # fmt: skip
+    assert_equal_logs(*logs)
+    assert all("token_loss" in line for line in logs[0]) and len({line["kept_min"] for line in logs[0]}) > 2
+    assert sum(line["flip_rows"] for line in logs[0]) > 0 < sum(line["robust_rows"] for line in logs[0])
+    assert any(line["band_loss"] > 0 for line in logs[0])
+
+
+# === Several ranks ===================================================================================================
+
+
+def launch(command, ranks=2):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    done = subprocess.run(
+        [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command],
+        env=env, capture_output=True, encoding="utf-8", errors="replace", timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+SHARDED = """
+import sys
+root, model, data, cache, out = sys.argv[1:]
+sys.path.insert(0, root)
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from training_data import Collator, load_rows
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
+model_ = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).train()
+model_.set_scheduler_phase("hard")
+for block in [*model_.model.visual.blocks, *model_.model.language_model.layers]:
+    fully_shard(block, mesh=mesh)
+fully_shard(model_, mesh=mesh)
+processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+batch = Collator(processor, 500, cache)([load_rows(data)[rank]])
+batch = {name: value for name, value in batch.items() if name not in ("volume_count", "example")}
+items = (batch["labels"] != -100).sum()
+dist.all_reduce(items)
+optimizer = torch.optim.SGD(model_.parameters(), lr=0.1)
+for _ in range(2):
+    model_(**batch, num_items_in_batch=items / dist.get_world_size()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+whole = {name: p.full_tensor().detach().contiguous() for name, p in model_.named_parameters()}
+if rank == 0:
+    save_file(whole, out)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_ranks_equal_one_process(model, data, tmp_path):
+    """FSDP2 over two ranks, one with text alone; the Trainer falls back to DDP on CPU, so it is called directly."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    rows, cache = data / "two.jsonl", data / "cache"
+    launch([str(part) for part in (tmp_path / "sharded.py", ROOT, model, rows, cache, tmp_path / "many.safetensors")])
+    one = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).train()
+    one.set_scheduler_phase("hard")
+    processor = train_hf.AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    batch = Collator(processor, 500, cache)(list(load_rows(rows)))
+    batch = {name: value for name, value in batch.items() if name not in ("volume_count", "example")}
+    before = {name: parameter.detach().clone() for name, parameter in one.named_parameters()}
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        one(**batch).loss.backward()
+        optimizer.step()
+    many = load_file(tmp_path / "many.safetensors")
+    for name, parameter in one.named_parameters():
+        change = (parameter - before[name]).detach()
+        torch.testing.assert_close(many[name] - before[name], change, atol=2e-6, rtol=1e-3, msg=name)
+
+
+# === The result ======================================================================================================
+
+
+def logits_of(model, inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+@pytest.fixture
+def inputs(model, data):
+    """A batch of prompts with answers, without what the trainer takes out."""
+    processor = train_hf.AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    rows = load_rows(data / "train.jsonl")
+    batch = Collator(processor, 500, cache_dir=data / "cache")([rows[0], rows[2], rows[3]])
+    return {name: batch[name] for name in batch if name not in ("labels", "volume_count", "example")}
+
+
+FRESH = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, batch, out = sys.argv[1:]
+model, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    save_file({"logits": model.eval()(**load_file(batch)).logits.contiguous()}, out)
+"""
+
+
+def test_the_final_folder_gives_the_same_in_a_fresh_process(arguments, tmp_path, inputs):
+    more = ["--token-labels", "--token-label-classes", "3", *HARD]
+    trainer = train_hf.main(arguments("run", *more))
+    final = tmp_path / "run" / "final"
+    assert not any("token_head" in name for name in load_file(final / "model.safetensors"))
+    assert not (final / "training_args.bin").exists() and (final / "pipeline_photon.py").exists()
+    moved = shutil.move(final, tmp_path / "elsewhere")
+    save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "batch.safetensors")
+    run_fresh(FRESH, moved, tmp_path / "batch.safetensors", tmp_path / "logits.safetensors")
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    torch.testing.assert_close(found, logits_of(trainer.model, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_merged_adapters_equal_unmerged_ones(arguments, tmp_path, model, inputs):
+    trainer = train_hf.main(arguments("run", "--lora", "--merge-lora", *HARD, steps=3))
+    wanted = logits_of(trainer.model, inputs)
+    merged = tmp_path / "run" / "final"
+    assert set(load_file(merged / "model.safetensors")) == set(load_file(model / "model.safetensors"))
+    for folder in (merged, tmp_path / "run" / "adapter"):
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        torch.testing.assert_close(logits_of(loaded, inputs), wanted, atol=1e-4, rtol=1e-4)
+    base = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32)
+    other = logits_of(base, inputs)
+    assert other.shape != wanted.shape or (other - wanted).abs().max() > 0.1
+
+
+def test_weights_are_saved_in_the_type_that_they_came_in(arguments, tmp_path):
+    train_hf.main(arguments("run", "--save-dtype", "bfloat16", stage="align", steps=1))
+    final = tmp_path / "run" / "final"
+    assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# === Evaluation ======================================================================================================
+
+
+def test_evaluation_counts_what_the_model_writes_from_the_prompt_alone(arguments, data, tmp_path):
+    more = ["--eval-data", data / "train.jsonl", "--eval-strategy", "steps", "--eval-steps", "1", *HARD,
+            "--per-device-eval-batch-size", "3", "--eval-max-new-tokens", "5", "--learning-rate", "0"]  # fmt: skip
+    trainer = train_hf.main(arguments("run", *more, steps=1))
+    rows, processor = trainer.eval_dataset, trainer.processing_class
+    written, kept = [], []
+    for row in rows:
+        volumes = iter(row["volumes"])
+        question = row["messages"][0]["content"]
+        parts = [{"type": "volume", "path": next(volumes)["path"]} if part["type"] == "volume" else
+                 {"type": "text", "text": part["text"]} for part in question]  # fmt: skip
+        chat = [{"role": "user", "content": parts}]
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        out = trainer.model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+        written.append(processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        if row["volumes"]:
+            kept.append(float(out.past_key_values.cut.keep_mask.float().mean()))
+    answers = [text if number % 2 else "no" for number, text in enumerate(written)]
+    same = rows.remove_columns("answer").add_column("answer", [f" {text.upper()} " for text in answers])
+    metrics = trainer.evaluate(same)
+    hits = [a.strip().casefold() == b.strip().casefold() for a, b in zip(written, answers, strict=True)]
+    texts = [hit for hit, task in zip(hits, rows["task"], strict=True) if task == "text"]
+    assert metrics["eval_accuracy"] == sum(hits) / 8 >= 0.5
+    assert metrics["eval_accuracy_text"] == sum(texts) / 2
+    assert metrics["eval_kept"] == pytest.approx(sum(kept) / len(kept), abs=0.02)
+    assert sum("eval_accuracy" in line for line in trainer.state.log_history) >= 2
+    assert json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_rows"] == 8
+
+
+def test_score_by_task():
+    rows = [{"example": i, "task": task, "answer": "Left"} for i, task in enumerate(["a", "a", "b", None])]
+
+    class Rows(list):
+        def select_columns(self, names):
+            return self
+
+    results = {0: ("left ", 0.5), 1: ("right", 0.25), 2: ("LEFT", None), 3: ("", 0.75)}
+    assert score(Rows(rows), results) == {"accuracy": 0.5, "accuracy_a": 0.5, "accuracy_b": 1.0, "kept": 0.5}
+
+
+# === Refusals ========================================================================================================
+
+
+def test_a_folder_that_holds_another_run_is_refused(arguments, tmp_path, model):
+    more = ["--save-strategy", "steps", "--save-steps", "1"]
+    with pytest.raises(ValueError, match="no run to resume"):
+        train_hf.main(arguments("run", *more, "--resume", stage="align", steps=1))
+    train_hf.main(arguments("run", *more, stage="align", steps=1))
+    with pytest.raises(ValueError, match="holds this run already. Add --resume"):
+        train_hf.main(arguments("run", *more, stage="align", steps=1))
+    with pytest.raises(ValueError, match="another run .*learning_rate 0.01, asked for 0.5"):
+        train_hf.main(arguments("run", *more, "--resume", "--learning-rate", "0.5", stage="align", steps=1))
+    with pytest.raises(ValueError, match="another run .*stage 'align', asked for 'dense'"):
+        train_hf.main(arguments("run", *more, "--resume", stage="dense", steps=1))
+    with pytest.raises(ValueError, match="another run .*rows "):
+        train_hf.main(arguments("run", *more, "--resume", stage="align", steps=1, file="two.jsonl"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.txt").write_text("sun")
+    with pytest.raises(ValueError, match="not empty and holds no run.json"):
+        train_hf.main(arguments("photos", stage="align", steps=1))
+    path = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
+    save_file(load_file(path) | {PATCH: torch.zeros(25, 1, 14, 14, 14)}, path)
+    with pytest.raises(ValueError, match="another size: model.visual.patch_embed.proj.weight is .25, 1"):
+        train_hf.main(arguments("run", *more, "--resume", stage="align", steps=1))
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--stage", "warm"], "invalid choice"),
+    (["--stage", "align", "--lora"], "the patch embedding alone"),
+    (["--merge-lora"], "needs --lora"),
+    (["--load-in-4bit"], "cannot be trained"),
+    (["--lora", "--token-labels"], "which --lora freezes"),
+    (["--eval-strategy", "steps", "--eval-steps", "1"], "needs --eval-data"),
+    (["--lora", "--push-to-hub"], "no use on the Hub"),
+    (["--fp16"], "Use --bf16"),
+])  # fmt: skip
+def test_arguments_that_do_not_go_together(arguments, capsys, more, message):
+    with pytest.raises(SystemExit):
+        train_hf.parse(arguments("run", *more))
+    assert message in capsys.readouterr().err
+
+
+def test_faults_of_the_model_and_the_data(arguments, tmp_path, model, data):
+    for wrong in ("threshold_maxx=1", "threshold_max"):
+        with pytest.raises(ValueError, match="expected name=value"):
+            train_hf.main(arguments("run", "--photon", wrong))
+    with pytest.raises(Exception, match="scheduler_layer is 7"):
+        train_hf.main(arguments("run", "--photon", "scheduler_layer=7"))
+    with pytest.raises(ValueError, match="cuts the answer away"):
+        train_hf.main(arguments("run", "--max-length", "40"))
+    with pytest.raises(ValueError, match="remove_unused_columns=True would drop the scans"):
+        train_hf.main(arguments("run", "--remove-unused-columns", "true"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_arguments_from_a_file_and_the_line(arguments, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: m\nstage: tune\ntrain_data: d.jsonl\noutput_dir: out\nlearning_rate: 1e-5\nhard_start: 0.5\n"
+        "photon:\n  scheduler_layer: -1\n  saliency: attention\nuse_cpu: true\nlora: true\n"
+    )
+    model_args, data_args, args = train_hf.parse([str(recipe), "--stage", "dense", "--max-steps", "7"])
+    assert (model_args.model, model_args.stage, model_args.lora) == ("m", "dense", True)
+    assert model_args.photon == ["scheduler_layer=-1", 'saliency="attention"']
+    assert (args.learning_rate, args.hard_start, args.max_steps, data_args.train_data) == (1e-5, 0.5, 7, "d.jsonl")
+    recipe.write_text("model: m\nlearning_rat: 1\n")
+    with pytest.raises(SystemExit):
+        train_hf.parse([str(recipe)])
+    assert "unknown arguments: learning_rat" in capsys.readouterr().err
+
+
+def test_four_bits_need_bitsandbytes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        train_hf.four_bit()
+
+
+@pytest.mark.parametrize("recipe", ["align", "tune_lora", "tune_full", "tiny_dense", "tiny_tune"])
+def test_recipes_are_arguments(recipe, tmp_path):
+    more = ["--model", "m", "--train-data", "d", "--eval-data", "e", "--output-dir", str(tmp_path), "--use-cpu"]
+    path = ROOT / "configs" / f"recipe_{recipe}.yaml"
+    model_args, data_args, args = train_hf.parse([str(path), *more, "--bf16", "false"])
+    assert model_args.stage == {"align": "align", "tiny_dense": "dense"}.get(recipe, "tune")
+    assert model_args.lora == (recipe == "tune_lora") and data_args.token_labels == (recipe == "tiny_dense")
+    if model_args.stage == "tune":
+        config = photon_class("configuration_photon.PhotonConfig")()
+        assert Phases.of(config, args, 32_000).hard in (8000, 9600)
+
+
+def test_settings_of_launchers_are_read(model):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {name: load_config_from_file(str(ROOT / "configs" / f"{name}.yaml")).distributed_type.value
+             for name in ("accelerate_ddp", "accelerate_zero3", "fsdp2")}  # fmt: skip
+    assert kinds == {"accelerate_ddp": "MULTI_GPU", "accelerate_zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+    sharded = load_config_from_file(str(ROOT / "configs" / "fsdp2.yaml")).fsdp_config
+    loaded = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True)
+    names = {type(module).__name__ for module in loaded.modules()}
+    assert set(sharded["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= names
+    for stage in (2, 3):
+        text = (ROOT / "configs" / f"deepspeed_zero{stage}.json").read_text()
+        assert json.loads(text)["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "runs").glob("*.sh")))
+def test_runs_name_files_that_are_there(script):
+    text = (ROOT / "runs" / script).read_text()
+    named = set(re.findall(r"(?<![$/\w])(?:configs/)?[\w/]+\.(?:yaml|json|py)\b", text))
+    assert any(name.startswith("configs/") for name in named)
+    assert not [name for name in named if not (ROOT / name).is_file()]

@@ -1,0 +1,398 @@
+"""Rows and batches of training: every spelling to one shape, every fault by file and line, spoilt scans, token labels.
+
+pytest tests/test_training_data.py
+"""
+
+import json
+import shutil
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import ROOT, photon_class, tiny_config
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(ROOT))
+
+import perturbations  # noqa: E402
+from convert_photon import build_processor  # noqa: E402
+from token_labels import TokenHead, TokenLabels  # noqa: E402
+from training_data import Collator, DataError, check_files, check_rows, load_rows  # noqa: E402
+
+GRID, SPACING = (28, 56, 84), (5.0, 3.0, 2.0)  # 2 x 2 x 3 = 12 tokens
+
+
+def ask(text, scans=1):
+    return [{"role": "user", "content": [*[{"type": "volume"}] * scans, {"type": "text", "text": text}]}]
+
+
+def say(text):
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def write_scan(path, seed, size=(23, 31, 37)):
+    array = np.random.default_rng(seed).integers(-1000, 1000, size[::-1]).astype(np.int16)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((4.0, 5.0, 6.0))
+    sitk.WriteImage(image, str(path))
+    return image
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    (root / "scans").mkdir()
+    for number in range(3):
+        write_scan(root / "scans" / f"{number}.nii.gz", number)
+    return root
+
+
+@pytest.fixture(scope="module")
+def processor():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT)
+    return build_processor(tokenizer, tiny_config(), {"grid": GRID, "spacing": SPACING, "mean": 0.5, "std": 0.5})
+
+
+ROWS = [
+    {"id": "a", "task": "side", "volumes": ["scans/0.nii.gz"], "messages": ask("On which side?") + say("left")},
+    {"messages": ask("Which is larger, the first or the second?", 2) + say("the second"),
+     "volumes": ["scans/1.nii.gz", "scans/2.nii.gz"]},
+    {"messages": ask("What is a CT?", 0) + say("many X-rays")},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return load_rows(write_rows(folder / "train.jsonl", ROWS))
+
+
+# === Rows ============================================================================================================
+
+
+def test_all_spellings_give_the_same_rows(folder, rows):
+    def plain(messages, mark):
+        join = "".join
+        return [
+            {"role": m["role"], "content": join(mark if p["type"] == "volume" else p["text"] for p in m["content"])}
+            for m in messages
+        ]
+
+    release = [dict(row, messages=plain(row["messages"], "<video>")) for row in ROWS]
+    for row in release:
+        row["videos"] = row.pop("volumes", [])
+    inline = json.loads(json.dumps(ROWS))
+    for row in inline:
+        volumes = iter(row.pop("volumes", []))
+        for part in row["messages"][0]["content"]:
+            if part["type"] == "volume":
+                part |= {"type": "video", "path": next(volumes)}
+    marked = [dict(row, messages=plain(row["messages"], "<volume>")) for row in ROWS]
+    for number, variant in enumerate((release, inline, marked)):
+        name = folder / f"variant{number}.jsonl"
+        other = load_rows(write_rows(name, variant))
+        assert other.remove_columns("where").to_list() == rows.remove_columns("where").to_list()
+        assert other["where"][1] == f"{name.name} line 2"
+    assert rows[1]["volumes"][1]["path"] == str(folder / "scans" / "2.nii.gz")
+    assert [rows[0][name] for name in ("id", "task", "answer")] == ["a", "side", "left"]
+    assert rows[2]["volumes"] == [] and rows[2]["task"] is None
+
+
+def test_a_row_may_name_series_and_frame(folder):
+    entry = {"path": "scans/0.nii.gz", "series": 2, "frame": 1}
+    row = load_rows(write_rows(folder / "series.jsonl", [dict(ROWS[0], volumes=[entry])]))[0]
+    assert row["volumes"][0] == {"path": str(folder / "scans" / "0.nii.gz"), "series": "2", "frame": 1}
+
+
+FAULTS = {
+    "the line is empty": "",
+    "not JSON": '{"messages": [',
+    "expected an object": "[1, 2]",
+    "'messages' is null": {"volumes": ["scans/0.nii.gz"]},
+    "'messages' is empty": {"messages": []},
+    "role is 'doctor'": {"messages": [{"role": "doctor", "content": "?"}]},
+    "content part of type 'picture'": {"messages": [{"role": "user", "content": [{"type": "picture"}]}]},
+    "without an answer": {"messages": ask("Why?", 0)},
+    "and not empty": {"messages": ask("Why?", 0) + say("  ")},
+    "1 places for scans in 'messages', but 0 scans": {"messages": ask("Why?") + say("so")},
+    "0 places for scans in 'messages', but 1 scans": {"volumes": ["x"], "messages": ask("Why?", 0) + say("so")},
+    "two names of one thing": {"volumes": ["x"], "videos": ["y"], "messages": ask("Why?") + say("so")},
+    "'volumes' is str": {"volumes": "x", "messages": ask("Why?") + say("so")},
+    "'volumes' holds int": {"volumes": [3], "messages": ask("Why?") + say("so")},
+    "a scan has the keys": {"volumes": [{"path": "x", "slice": 3}], "messages": ask("Why?") + say("so")},
+    "embedded as bytes": {"volumes": [{"path": "x", "bytes": "q"}], "messages": ask("Why?") + say("so")},
+    "a scan in a turn of the assistant": {"volumes": ["x"], "messages": ask("Why?", 0) + [
+        {"role": "assistant", "content": [{"type": "volume"}, {"type": "text", "text": "so"}]}]},
+    "2 'labels' for 1 scans": {"volumes": ["x"], "labels": ["y", "z"], "messages": ask("Why?") + say("so")},
+}  # fmt: skip
+
+
+def test_every_fault_is_named_by_file_and_line(folder):
+    path = write_rows(folder / "faulty.jsonl", [json.dumps(ROWS[0]), *FAULTS.values(), json.dumps(ROWS[1])])
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"{len(FAULTS)} faulty rows")
+    for number, (fault, line) in enumerate(zip(FAULTS, lines[1:], strict=True), start=2):
+        assert line.strip().startswith(f"faulty.jsonl line {number}:") and fault in line
+
+
+def test_many_faults_are_counted_and_no_file_is_said(folder):
+    path = write_rows(folder / "many.jsonl", ["{"] * 33)
+    with pytest.raises(DataError, match="33 faulty rows") as caught:
+        load_rows(path)
+    assert "and 13 more" in str(caught.value) and len(str(caught.value).splitlines()) == 22
+    with pytest.raises(DataError, match="holds no rows"):
+        load_rows(write_rows(folder / "none.jsonl", []))
+    with pytest.raises(FileNotFoundError, match="absent.jsonl"):
+        load_rows(folder / "absent.jsonl")
+
+
+def test_all_missing_scans_are_listed_without_their_names(folder, rows):
+    check_files(rows)
+    secret = [dict(ROWS[1], volumes=[f"scans/Smith{i}.nii.gz", "scans/0.nii.gz"]) for i in range(40)]
+    found = load_rows(write_rows(folder / "missing.jsonl", [ROWS[0], *secret]))
+    with pytest.raises(DataError) as caught:
+        check_files(found)
+    message = str(caught.value)
+    assert message.startswith("40 rows") and "Smith" not in message
+    assert all(f"missing.jsonl line {number}: scan 1 of 2 is missing" in message for number in range(2, 42))
+    with pytest.raises(DataError, match="line 1: no 'labels'"):
+        check_files(rows, token_labels=True)
+
+
+def test_lengths_are_those_of_the_batch_and_cut_answers_are_refused(rows, processor):
+    lengths = check_rows(rows, processor, 1000)
+    batch = Collator(processor, 1000)(list(rows))
+    assert lengths == batch["attention_mask"].sum(-1).tolist() and len(set(lengths)) == 3
+    limit = sorted(lengths)[1]
+    longest = lengths.index(max(lengths))
+    with pytest.raises(DataError, match=f"1 rows cannot.*\n.*line {longest + 1}: {max(lengths)} tokens, of which"):
+        check_rows(rows, processor, limit)
+    with pytest.raises(DataError, match=f"line {longest + 1}: .* nothing is cut"):
+        Collator(processor, limit)(list(rows))
+
+
+def test_a_template_without_marks_is_refused(rows, processor):
+    template = processor.chat_template
+    try:
+        processor.chat_template = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+        with pytest.raises(DataError, match="line 1: all labels are masked"):
+            check_rows(rows, processor, 1000)
+        with pytest.raises(DataError, match="line 1: all labels are masked"):
+            Collator(processor, 1000)(list(rows))
+    finally:
+        processor.chat_template = template
+
+
+# === Batches =========================================================================================================
+
+
+def test_labels_are_the_assistants_words(rows, processor):
+    batch = Collator(processor, 1000)(list(rows))
+    learned = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert learned == ["left<|im_end|>", "the second<|im_end|>", "many X-rays<|im_end|>"]
+    assert batch["volume_count"].tolist() == [1, 2, 0] and batch["example"].tolist() == [0, 1, 2]
+    assert batch["video_grid_thw"].tolist() == [[2, 4, 6]] * 3
+    visual = (batch["mm_token_type_ids"] == 2).sum(-1)
+    assert visual.tolist() == [12, 24, 0]
+    padding = batch["attention_mask"].diff(dim=-1)
+    assert (padding >= 0).all() and (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_a_batch_is_its_rows(rows, processor):
+    collator = Collator(processor, 1000)
+    together = collator(list(rows))
+    alone = [collator([row]) for row in rows]
+    for row, single in enumerate(alone):
+        length = single["input_ids"].shape[1]
+        for name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
+            assert torch.equal(together[name][row, -length:], single[name][0]), name
+    assert "pixel_values_videos" not in alone[2]
+    patches = torch.cat([single["pixel_values_videos"] for single in alone[:2]])
+    assert torch.equal(together["pixel_values_videos"], patches)
+
+
+def test_several_turns_are_all_learned(folder, processor):
+    chat = ask("Where?") + say("left") + [{"role": "user", "content": "And how large?"}] + say("12 mm")
+    row = load_rows(write_rows(folder / "turns.jsonl", [dict(ROWS[0], messages=chat)]))[0]
+    labels = Collator(processor, 1000)([row])["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]) == "left<|im_end|>12 mm<|im_end|>"
+    prompt = Collator(processor, 1000, answers=False)([row])
+    text = processor.tokenizer.decode(prompt["input_ids"][0])
+    assert text.endswith("And how large?<|im_end|>\n<|im_start|>assistant\n") and "12 mm" not in text
+    assert "labels" not in prompt
+
+
+def test_the_first_epoch_sees_what_the_second_sees(rows, processor, tmp_path):
+    plain = Collator(processor, 1000)(list(rows))["pixel_values_videos"]
+    collator = Collator(processor, 1000, cache_dir=tmp_path / "cache")
+    first, second = (collator(list(rows))["pixel_values_videos"] for _ in range(2))
+    assert list((tmp_path / "cache").glob("*.safetensors"))
+    assert torch.equal(first, second) and not torch.equal(first, plain)
+    torch.testing.assert_close(first, plain, atol=1e-3, rtol=0)
+    assert "pixel_values_videos" not in collator([rows[2]])  # text alone, with a cache
+
+
+def test_an_unreadable_scan_is_named_by_its_row(folder, processor):
+    shutil.copy(folder / "train.jsonl", folder / "Smith.nii.gz")
+    broken = [ROWS[0], dict(ROWS[0], volumes=["Smith.nii.gz"]), ROWS[2]]
+    found = load_rows(write_rows(folder / "broken.jsonl", broken))
+    with pytest.raises(DataError, match="^broken.jsonl line 2: ") as caught:
+        Collator(processor, 1000)(list(found))
+    assert "Smith" not in str(caught.value)
+
+
+# === Spoilt scans ====================================================================================================
+
+
+@pytest.fixture
+def patches():
+    return torch.randn(50, 84, generator=torch.Generator().manual_seed(1))
+
+
+def spoil(patches, kind, seed=3, **fields):
+    rule = SimpleNamespace(robust_patch_drop=0.8, robust_voxel_drop=0.9)
+    before = patches.clone()
+    out = perturbations.perturb(patches, kind, rule, torch.Generator().manual_seed(seed), **fields)
+    assert torch.equal(patches, before) and out.shape == patches.shape and out.dtype == patches.dtype
+    assert not torch.equal(out, patches)
+    return out
+
+
+def test_shuffled_patches_are_the_patches(patches):
+    out = spoil(patches, perturbations.SHUFFLED_PATCHES)
+    assert sorted(out.tolist()) == sorted(patches.tolist())
+
+
+def test_shuffled_voxels_are_the_voxels(patches):
+    out = spoil(patches, perturbations.SHUFFLED_VOXELS)
+    assert sorted(out.sort(1).values.tolist()) == sorted(patches.sort(1).values.tolist())
+    assert sorted(out.tolist()) != sorted(patches.tolist())
+    order = [patch.argsort().tolist() for patch in out]
+    assert len(set(map(tuple, order))) == len(order)  # no two patches in the same order
+
+
+def test_dropped_parts_are_air(patches):
+    out = spoil(patches, perturbations.DROPPED_PATCHES, empty=-1.0)
+    gone = (out == -1).all(1)
+    assert gone.sum() == 40 and torch.equal(out[~gone], patches[~gone])
+    out = spoil(patches, perturbations.DROPPED_VOXELS, empty=-1.0)
+    gone = out == -1
+    assert abs(gone.float().mean() - 0.9) < 0.02 and torch.equal(out[~gone], patches[~gone])
+    assert (spoil(patches, perturbations.EMPTY, empty=-1.0) == -1).all()
+
+
+def test_noise_is_even_between_air_and_the_windows_end(patches):
+    out = spoil(patches, perturbations.NOISE, empty=-1.0, full=1.0)
+    assert -1 <= out.min() < -0.99 and 0.99 < out.max() <= 1
+    assert abs(out.mean()) < 0.03 and abs(out.std() - 3**-0.5) < 0.02
+    with pytest.raises(ValueError, match="expected 0 to 5"):
+        spoil(patches, 6)
+
+
+def test_draws_have_the_shares_of_the_config():
+    rule = tiny_config(robust_shares=(0.3, 0.1, 0.2, 0.05, 0.15, 0.2), robust_probability=0.25, flip_probability=0.1)
+    many = 20_000
+    kinds, spoilt = perturbations.draw_rows(rule, 7, 11, range(many), [1] * many, flips=True)
+    count = Counter(kinds)
+    assert abs(count["robust"] / many - 0.25) < 0.01 and abs(count["flip"] / many - 0.1) < 0.01
+    shares = Counter(kind for kind in spoilt if kind is not None)
+    for kind, share in enumerate(rule.robust_shares):
+        assert abs(shares[kind] / count["robust"] - share) < 0.02
+    assert all((kind == "robust") == (how is not None) for kind, how in zip(kinds, spoilt, strict=True))
+    kinds, _ = perturbations.draw_rows(rule, 7, 11, range(many), [1] * many, flips=False)
+    assert "flip" not in kinds and Counter(kinds)["robust"] == count["robust"]
+    kinds, _ = perturbations.draw_rows(rule, 7, 11, range(many), [0] * many, flips=True)
+    assert set(kinds) == {"answer"}
+
+
+def test_a_draw_follows_from_seed_step_and_row_alone():
+    rule = tiny_config(robust_probability=0.5, flip_probability=0.3)
+    draw = perturbations.draw_rows
+    whole = draw(rule, 1, 5, list(range(40)), [1] * 40, True)
+    parts = [draw(rule, 1, 5, part, [1] * len(part), True) for part in (range(13), range(13, 40))]
+    assert whole == tuple(a + b for a, b in zip(*parts, strict=True))
+    assert (
+        whole != draw(rule, 1, 6, list(range(40)), [1] * 40, True) != draw(rule, 2, 5, list(range(40)), [1] * 40, True)
+    )
+
+
+def test_only_the_robust_rows_scans_are_spoilt():
+    grids = torch.tensor([[1, 2, 2], [2, 2, 2], [1, 2, 4], [1, 4, 4]])
+    patches = torch.randn(int(grids.prod(-1).sum()), 10)
+    rule, spoilt = tiny_config(), [None, perturbations.NOISE, None, perturbations.EMPTY]
+    out = perturbations.perturb_rows(patches, grids, [1, 2, 0, 1], spoilt, rule, [5, 6, 7, 8])
+    first, second, third, last = out.split([4, 8, 8, 16])
+    assert torch.equal(first, patches[:4]) and (last == 0).all()
+    assert not torch.equal(torch.cat([second, third]), patches[4:20]) and not torch.equal(second, third)
+    same = perturbations.perturb_rows(patches, grids, [1, 2, 0, 1], [None] * 4, rule, [5, 6, 7, 8])
+    assert same is patches
+
+
+# === Token labels ====================================================================================================
+
+
+def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
+    """On the model's own grid, so that voxels can be counted by hand: one token is 14 x 28 x 28 voxels."""
+    geometry = photon_class("grid_photon.Geometry")(
+        GRID[::-1], SPACING[::-1], (0.0, 0.0, 0.0), np.diag([1.0, -1.0, -1.0]).ravel()
+    )
+    assert geometry.orientation == processor.image_processor.orientation
+    organs, lesions = np.zeros(GRID, np.uint8), np.zeros(GRID, np.uint8)
+    organs[14:28, 0:28, 56:84] = 2  # depth 1, row 0, column 2: token 8, all of it
+    organs[0:7, 28:56, 0:28] = 1  # half of token 3
+    lesions[14:16, 0:28, 56:84] = 5  # 2 of 14 slices of token 8
+    scan = np.random.default_rng(0).integers(-1000, 1000, GRID).astype(np.int16)
+    for name, array in (("scan", scan), ("organs", organs), ("lesions", lesions)):
+        sitk.WriteImage(geometry.image(array), str(tmp_path / f"{name}.nii.gz"))
+    record = {"volumes": ["scan.nii.gz"], "labels": ["organs.nii.gz"], "lesions": ["lesions.nii.gz"],
+              "messages": ask("Where?") + say("left")}  # fmt: skip
+    row = load_rows(write_rows(tmp_path / "row.jsonl", [record]))[0]
+    wanted = torch.zeros(12, 2, 4)
+    wanted[:, 0, 0] = 1
+    wanted[8, 0] = torch.tensor([0.0, 0, 1, 0])
+    wanted[3, 0] = torch.tensor([0.5, 0.5, 0, 0])
+    wanted[8, 1, 2] = 2 / 14
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        labels = TokenLabels(processor.image_processor, 4, cache)
+        torch.testing.assert_close(labels(row, 0), wanted, atol=1e-3, rtol=0)
+    batch = Collator(processor, 1000, token_labels=labels)([row])
+    assert batch["token_targets"].shape == (12, 2, 4)
+    with pytest.raises(DataError, match="row.jsonl line 1: a label map holds labels up to 2"):
+        Collator(processor, 1000, token_labels=TokenLabels(processor.image_processor, 2))([row])
+
+
+def test_the_token_heads_loss():
+    head = TokenHead(6, 3)
+    features = torch.randn(7, 6)
+    visual = torch.nn.Identity().train()
+    visual.forward = lambda x: SimpleNamespace(pooler_output=x)
+    head.attach(visual)
+    visual(features)
+    targets = torch.rand(7, 2, 3)
+    targets[:, 0] /= targets[:, 0].sum(-1, keepdim=True)
+    targets[2:, 1] = 0
+    losses = head.losses(targets, [3, 0, 4])
+    logits = head.linear(features).reshape(7, 2, 3).double()
+    wanted = []
+    for tokens in (range(3), range(3, 7)):
+        total = 0.0
+        for t in tokens:
+            total -= sum(targets[t, 0, c] * torch.log_softmax(logits[t, 0], 0)[c] for c in range(3))
+            for c in range(3):
+                p = torch.sigmoid(logits[t, 1, c])
+                total -= torch.log(p if targets[t, 1, c] > 0 else 1 - p)
+        wanted.append(total / len(tokens))
+    torch.testing.assert_close(losses.double(), torch.stack([wanted[0], torch.tensor(0.0), wanted[1]]).double())
+    visual.eval()
+    visual(features)
+    assert head.logits == []

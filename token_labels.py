@@ -1,0 +1,114 @@
+"""A throw-away head that teaches the vision tower what each visual token holds (`--token-labels`).
+
+Answers alone say very little about where to look; a tower that starts from random weights then stays at chance for a
+long time. With label maps beside the scans, a linear head on the visual tokens learns each token's organs and lesions.
+It is dropped when the model is saved.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from convert_photon import photon_class
+from training_data import reading
+
+try:
+    import SimpleITK as sitk
+except ImportError as error:
+    raise ImportError("token labels are read with SimpleITK, which is missing: pip install SimpleITK") from error
+
+
+class TokenLabels:
+    """Label maps of a row's scan -> what each of its visual tokens holds.
+
+    Args:
+        volumes: the processor's volume processor.
+        classes: organs and background; a map's labels are 0 (background) to classes - 1.
+        cache_dir: as the collator's.
+    """
+
+    def __init__(self, volumes, classes, cache_dir=None):
+        self.volumes, self.classes, self.scans, self.store = volumes, classes, None, None
+        self.geometry, self.resample = photon_class("grid_photon.Geometry"), photon_class("grid_photon.resample")
+        if cache_dir is not None:
+            store_class = photon_class("store_photon.VolumeStore")
+            settings = {key: value for key, value in volumes.to_dict().items() if key != "auto_map"}
+            self.scans = store_class(cache_dir, settings)
+            self.store = store_class(Path(cache_dir) / "tokens", settings | {"classes": classes})
+
+    def __call__(self, row, number):
+        """Targets of scan `number` (from 0) of a row: float32 (tokens, 2, classes): the share of a token's voxels that
+        each class has, and the share that is lesion within each class."""
+        scan = reading(row["volumes"][number])
+        paths = [maps[number] for maps in (row["labels"], row["lesions"]) if maps]
+        options = {key: value for key, value in scan.items() if key != "path"}
+        keys = [] if self.store is None else [self.store.key(path, options) for path in (scan["path"], *paths)]
+        found = self.store.load("-".join(keys)) if keys else None
+        if found is None:
+            _, geometry = self.volumes.prepare(scan, self.scans)
+            targets = self.targets(paths, self.geometry(**geometry["grid"])).numpy()
+            if keys:
+                self.store.save("-".join(keys), targets, {})
+        else:
+            targets, _ = found
+        return torch.from_numpy(targets)
+
+    def targets(self, paths, grid):
+        maps = [sitk.GetArrayFromImage(self.resample(sitk.ReadImage(p), grid, outside=0, nearest=True)) for p in paths]
+        organs = maps[0].astype(np.int64)  # (D, H, W)
+        lesions = maps[1] > 0 if len(maps) > 1 else np.zeros_like(organs, dtype=bool)
+        if organs.min() < 0 or organs.max() >= self.classes:
+            raise ValueError(
+                f"a label map holds labels up to {organs.max()}; token_label_classes {self.classes} allows 0 to "
+                f"{self.classes - 1}"
+            )
+        return torch.stack([self.shares(organs, np.ones_like(lesions)), self.shares(organs, lesions)], dim=1)
+
+    def shares(self, organs, counted):
+        """(D, H, W) labels and which voxels count -> (tokens, classes) of a token's voxels."""
+        t, h, w = self.volumes.grid_thw
+        p, m = self.volumes.patch_size, self.volumes.merge_size
+        block = p * (p * m) ** 2
+        shape = (t, p, h // m, p * m, w // m, p * m)
+        organs, counted = (x.reshape(shape).transpose(0, 2, 4, 1, 3, 5).reshape(-1, block) for x in (organs, counted))
+        token = np.arange(len(organs))[:, None] * self.classes
+        counts = np.bincount((token + organs).ravel(), weights=counted.ravel(), minlength=len(organs) * self.classes)
+        return torch.from_numpy(counts.reshape(-1, self.classes) / block).float()
+
+
+class TokenHead(nn.Module):
+    """Linear head on the vision tower's output; hooked into its forward, so that it is wrapped and sharded with it."""
+
+    def __init__(self, size, classes):
+        super().__init__()
+        self.classes, self.logits = classes, []
+        self.linear = nn.Linear(size, 2 * classes)
+
+    def attach(self, visual):
+        visual.register_forward_hook(self._look)
+
+    def _look(self, visual, args, output):
+        if visual.training:
+            logits = self.linear(output.pooler_output.to(self.linear.weight.dtype))
+            self.logits.append(logits.float().unflatten(-1, (2, self.classes)))  # (T, 2, C)
+
+    def losses(self, targets, lengths):
+        """Mean over a row's tokens of organ cross-entropy and lesion binary cross-entropy; uses up what was looked at.
+
+        Args: targets (T, 2, C) of `TokenLabels`, or `None` for a batch without scans; lengths (B,) list, visual tokens
+            of each row. Returns: (B,); 0 for rows without visual tokens.
+        """
+        logits = torch.cat(self.logits)
+        self.logits = []
+        if targets is None:
+            return 0.0 * logits.sum() * logits.new_zeros(len(lengths))  # takes part in the reduction
+        organ = -(targets[:, 0] * logits[:, 0].log_softmax(-1)).sum(-1)
+        lesion = F.binary_cross_entropy_with_logits(logits[:, 1], (targets[:, 1] > 0).float(), reduction="none")
+        per_token = (organ + lesion.sum(-1)).split(lengths)
+        return torch.stack([tokens.mean() if len(tokens) else tokens.sum() for tokens in per_token])
+
+
+__all__ = ["TokenHead", "TokenLabels"]
