@@ -25,6 +25,7 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
+PHASES = ("dense", "soft", "hard")
 GROUPS = ("decoder", "vision", "aligner", "scheduler")
 SUMS = ("lm_loss", "band_loss", "token_loss", "tokens", "rows", "robust_rows", "flip_rows", "kept_sum", "kept_rows",
         "threshold_sum")  # fmt: skip
@@ -66,7 +67,7 @@ class Phases:
         return cls(*steps)
 
     def at(self, step):
-        return "dense" if step < self.soft else "soft" if step < self.hard else "hard"
+        return PHASES[(step >= self.soft) + (step >= self.hard)]
 
 
 class Terms:
@@ -208,7 +209,7 @@ class PhotonTrainer(Trainer):
             figures["threshold"] = values["threshold_sum"] / values["kept_rows"]
         figures |= {name: values[name] / values["rows"] for name in ("robust_rows", "flip_rows") if self.phases}
         if self.phases:
-            figures["phase"] = self.phases.at(self.state.global_step - 1)
+            figures["phase"] = PHASES.index(self.phases.at(self.state.global_step - 1))  # a number, for curves
         figures |= {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups if "name" in group}
         figures |= {"tokens_per_second": values["tokens"] / seconds, "peak_gib": values["peak_gib"]}
         self.terms, self.logged_step = Terms(), self.state.global_step

@@ -160,7 +160,7 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         patches = self.patchify(array)
         geometry = {"scan": asdict(scan), "grid": asdict(grid), "grid_thw": self.grid_thw}
         if key is not None:
-            store.save(key, patches, geometry)
+            patches = store.save(key, patches, geometry)
         return patches, geometry
 
     def __call__(self, volumes, return_tensors=None, cache_dir=None, **fields):
@@ -211,7 +211,7 @@ class PhotonProcessor(ProcessorMixin):
     """
 
     return_mm_token_type_ids = True
-    skip_tensor_conversion = ["scans"]
+    skip_tensor_conversion = ["scans", "text_replacement_offsets"]
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         self.video_token = "<|video_pad|>"
@@ -256,7 +256,8 @@ class PhotonProcessor(ProcessorMixin):
                     "passed. Every scan needs one placeholder in its own prompt; the chat template writes them."
                 )
         fields = {name: kwargs.pop(name) for name in PhotonVolumeKwargs.__annotations__ if name in kwargs}
-        processed = self.image_processor(flat, cache_dir=kwargs.pop("cache_dir", None), **fields) if flat else None
+        cache_dir = kwargs.pop("cache_dir", None)
+        processed = self.image_processor(flat, cache_dir=cache_dir, **fields) if flat else None
         out = super().__call__(text=text, videos=processed, **kwargs)
         scans = iter(out.pop("scans", ()))
         out.scans = [[next(scans) for _ in row] for row in rows or [[] for _ in texts]]

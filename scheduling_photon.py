@@ -290,6 +290,8 @@ class SurrogateGather(torch.autograd.Function):
         grad_hidden.scatter_add_(1, trailing, grad_output * (index >= 0)[..., None].to(grad_output.dtype))
         places = visual_index[..., None].expand(-1, -1, hidden.shape[-1])
         product = hidden.gather(1, places).float() * grad_hidden.gather(1, places).float()  # (B, V, D)
+        if row_weight is not None:  # the row's own loss: the rule's floors hold for its scale, not for a share of it
+            product = product / row_weight[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
         grad_keep = surrogate_gradient(product, keep_prob.float(), visual, ctx.rule)
         if row_weight is not None:
             grad_keep = grad_keep * row_weight[:, None]

@@ -53,13 +53,16 @@ class VolumeStore:
             return None
 
     def save(self, key, patches, geometry):
+        """Returns the patches as `load` will give them, so that a first reading equals the later ones."""
+        stored = patches.astype(DTYPE)
         handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".part")
         os.close(handle)
         try:
-            save_file({"patches": patches.astype(DTYPE)}, partial, metadata={"geometry": json.dumps(geometry)})
+            save_file({"patches": stored}, partial, metadata={"geometry": json.dumps(geometry)})
             os.replace(partial, self.folder / f"{key}.safetensors")
         finally:
             Path(partial).unlink(missing_ok=True)
+        return stored.astype(np.float32)
 
 
 def _files(path):

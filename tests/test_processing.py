@@ -268,3 +268,16 @@ def test_one_resampling_agrees_with_the_release_two(capsys):
         print(f"\n  one against two resamplings: {error[body].mean():.1f} HU in the body, {error.mean():.1f} overall")
     assert error[body].mean() < 15 and error.mean() < 5
     assert (one.flip(-1) - two).abs()[body].mean() > 100  # a wrong flip would be seen
+
+
+def test_text_before_scans_and_text_alone(processor, tmp_path):
+    """With the answer's mask and a folder for scans, as training asks, whatever row comes first."""
+    options = {"add_generation_prompt": False, "return_assistant_tokens_mask": True}
+    options["processor_kwargs"] = {"padding": True, "cache_dir": str(tmp_path)}
+    for rows in (
+        [chat(text="What is a CT?", answer="a scan"), chat(scan(), answer="no")],
+        [chat(text="a", answer="b")],
+    ):
+        inputs = encode(processor, rows, **options)
+        assert torch.as_tensor(inputs["assistant_masks"]).any(-1).all()
+        assert ("pixel_values_videos" in inputs) == (len(rows) == 2)

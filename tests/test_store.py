@@ -37,11 +37,12 @@ def test_stored_equals_fresh_and_is_read_once(processor, scan, tmp_path, monkeyp
     folder = tmp_path / "store"
     fresh = processor([scan])
     first = processor([scan], cache_dir=folder)
-    np.testing.assert_array_equal(first["pixel_values_videos"], fresh["pixel_values_videos"])
+    np.testing.assert_allclose(first["pixel_values_videos"], fresh["pixel_values_videos"], atol=5e-4)
     assert len(entries(folder)) == 1
     monkeypatch.setattr(type(processor), "read", None)  # a second reading would fail
     again = processor([scan, {"path": str(scan)}], cache_dir=folder)
-    np.testing.assert_allclose(again["pixel_values_videos"][:500], fresh["pixel_values_videos"], atol=5e-4)
+    for scan_again in np.split(again["pixel_values_videos"], 2):  # a resumed run must see what the first run saw
+        np.testing.assert_array_equal(scan_again, first["pixel_values_videos"])
     assert json.loads(json.dumps(again["scans"][1])) == json.loads(json.dumps(fresh["scans"][0]))
 
 

@@ -14,11 +14,13 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import ROOT, photon_class, tiny_config
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(ROOT))
 
 import perturbations  # noqa: E402
+import training_data  # noqa: E402
 from convert_photon import build_processor  # noqa: E402
 from token_labels import TokenHead, TokenLabels  # noqa: E402
 from training_data import Collator, DataError, check_files, check_rows, load_rows  # noqa: E402
@@ -110,6 +112,17 @@ def test_a_row_may_name_series_and_frame(folder):
     entry = {"path": "scans/0.nii.gz", "series": 2, "frame": 1}
     row = load_rows(write_rows(folder / "series.jsonl", [dict(ROWS[0], volumes=[entry])]))[0]
     assert row["volumes"][0] == {"path": str(folder / "scans" / "0.nii.gz"), "series": "2", "frame": 1}
+
+
+def test_a_data_set_of_the_hub(folder, rows, monkeypatch):
+    """Arrow gives every row every field, null where it had none."""
+    table = Dataset.from_list([json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()])
+    monkeypatch.setattr(training_data, "load_dataset", lambda name, split: table)
+    found = load_rows("someone/questions", "test", volume_root=folder)
+    assert found.remove_columns("where").to_list() == rows.remove_columns("where").to_list()
+    assert found["where"][2] == "someone/questions test row 2"
+    with pytest.raises(ValueError, match="split 'test' is for data sets of the Hub"):
+        load_rows(folder / "train.jsonl", "test")
 
 
 FAULTS = {
