@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import initialization as init
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -254,7 +254,7 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         for layer in cache.layers[:cut_layer] if evict else ():
             if not layer.is_initialized:
                 continue  # gradient checkpointing has turned the cache off
-            if not type(layer).__name__ == "DynamicLayer":
+            if type(layer) is not DynamicLayer:
                 raise ValueError(
                     f"evict_early_layers=True cannot delete from a {type(layer).__name__}; use the default dynamic "
                     "cache, or evict_early_layers=False."
@@ -275,11 +275,11 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
 
     def _untouched(self):
         """0, but a gradient of 0 for the scheduler: a rank whose batch has no scan must take part in the reduction."""
-        look, size = self.layers[self.look_layer].self_attn, 1
-        zeros = self.norm.weight.new_zeros(size, look.num_key_value_heads, size, look.head_dim)
-        queries = zeros.new_zeros(size, look.num_heads, size, look.head_dim)
-        one = torch.ones(size, size, dtype=torch.bool, device=zeros.device)
-        return 0.0 * self.scheduler(queries, zeros, zeros, one, one, look.scaling).keep_prob.sum()
+        look = self.layers[self.look_layer].self_attn  # one row of one question token and one visual token
+        keys = self.norm.weight.new_zeros(1, look.num_key_value_heads, 1, look.head_dim)
+        queries = keys.new_zeros(1, look.num_heads, 1, look.head_dim)
+        real = torch.ones(1, 1, dtype=torch.bool, device=keys.device)
+        return 0.0 * self.scheduler(queries, keys, keys, real, real, look.scaling).keep_prob.sum()
 
 
 def real_places(attention_mask, like):

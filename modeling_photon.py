@@ -28,6 +28,10 @@ from .scheduling_photon import gather_places
 from .scheduling_photon import question_mask as find_question
 
 PHASES = ("dense", "soft", "hard")
+NO_TOKEN_TYPES = (
+    "mm_token_type_ids is missing, without which volume tokens would get the positions of plain text. Pass everything "
+    "that the processor returns, model(**inputs) or model.generate(**inputs); a collator must keep mm_token_type_ids."
+)
 SCHEDULE_FIELDS = ("keep_mask", "keep_prob", "threshold", "saliency", "saliency_logits", "visual_count", "keep_index")
 
 
@@ -208,10 +212,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
                 "video_grid_thw, as the processor returns them."
             )
         if has_scan and position_ids is None and mm_token_type_ids is None:
-            raise ValueError(
-                "mm_token_type_ids is missing, without which volume tokens would get the positions of plain text. "
-                "Pass what the processor returns (a collator must keep mm_token_type_ids), or position_ids."
-            )
+            raise ValueError(NO_TOKEN_TYPES)
         if pixel_values_videos is not None:
             # encoded here, so that the arguments of the decoder do not reach the vision tower's attention
             mm_encoder_outputs = dict(mm_encoder_outputs or {})
@@ -359,10 +360,11 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             num_items_in_batch: answer tokens of the whole step, as the Trainer counts them over accumulated batches.
         """
         flip = None if objective is None else objective == Objective.FLIP
-        row_weight = None
+        row_weight = total = None
         if labels is not None:
-            count = (labels[:, 1:] != -100).sum(-1)
-            row_weight = count / (count.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            count = (labels[:, 1:] != -100).sum(-1)  # no answer token is ever cut
+            total = count.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            row_weight = count / total  # (B,) each row's share of the loss
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -388,7 +390,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         logits = self.lm_head(outputs.last_hidden_state[:, places])
         losses = {}
         if labels is not None:
-            losses = self._losses(logits, labels, outputs, objective, num_items_in_batch)
+            losses = self._losses(logits, labels, outputs, objective, row_weight, total)
         return PhotonCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -398,13 +400,12 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             **losses,
         )
 
-    def _losses(self, logits, labels, outputs, objective, num_items):
+    def _losses(self, logits, labels, outputs, objective, row_weight, total):
         config, keep_index = self.config, outputs.keep_index
         if keep_index is not None:
             labels = gather_places(labels, keep_index).masked_fill(keep_index < 0, -100)
         target = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # place s predicts the token at s + 1
-        sums, count = answer_losses(logits, target, objective, config.flip_eps)  # (B,), (B,)
-        total = count.sum().clamp(min=1) if num_items is None else num_items
+        sums, _ = answer_losses(logits, target, objective, config.flip_eps)  # (B,)
         lm_loss, band_loss = sums.sum() / total, sums.new_zeros(())
         phase = self.model.language_model.scheduler_phase if self.training else "hard"
         if outputs.keep_prob is not None and phase != "dense":
@@ -413,7 +414,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             band = band_losses(outputs.keep_prob, visual, config.band_low, config.band_high)
             if objective is not None:
                 band = band * (objective == Objective.ANSWER)
-            band_loss = (band * count).sum() / total
+            band_loss = (band * row_weight).sum()
         return {"loss": lm_loss + config.band_weight * band_loss, "lm_loss": lm_loss, "band_loss": band_loss}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -441,10 +442,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             self.model.rope_deltas = getattr(cache, "rope_deltas", None)
         elif model_kwargs.get("mm_token_type_ids") is None and inputs_tensor.dtype == torch.long:
             if (inputs_tensor == self.config.video_token_id).any():
-                raise ValueError(
-                    "mm_token_type_ids is missing, without which volume tokens would get the positions of plain text. "
-                    "Pass everything that the processor returns: model.generate(**inputs)."
-                )
+                raise ValueError(NO_TOKEN_TYPES)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
 

@@ -108,6 +108,11 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         self.fill_nonfinite, self.assume_hu, self.max_voxels = fill_nonfinite, assume_hu, max_voxels
 
     @property
+    def settings(self):
+        """All that decides, beside the scan, what the model sees of it."""
+        return {name: getattr(self, name) for name in PhotonVolumeKwargs.__annotations__}
+
+    @property
     def grid_thw(self):
         """Patches along depth, height, width."""
         return [n // self.patch_size for n in self.grid]
@@ -172,9 +177,8 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         Returns: `pixel_values_videos` (patches of all scans, patch_size^3) float32, `video_grid_thw` (scans, 3), and
             `scans`, a list of the geometries: {"scan": ..., "grid": ..., "grid_thw": ...}.
         """
-        settings = {name: getattr(self, name) for name in PhotonVolumeKwargs.__annotations__} | fields
-        own = type(self)(**settings) if fields else self
-        store = None if cache_dir is None else VolumeStore(cache_dir, settings)
+        own = type(self)(**(self.settings | fields)) if fields else self
+        store = None if cache_dir is None else VolumeStore(cache_dir, own.settings)
         patches, scans = zip(*(own.prepare(volume, store) for volume in volumes), strict=True)
         scans = list(scans)
         data = {

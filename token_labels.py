@@ -35,9 +35,8 @@ class TokenLabels:
         self.geometry, self.resample = photon_class("grid_photon.Geometry"), photon_class("grid_photon.resample")
         if cache_dir is not None:
             store_class = photon_class("store_photon.VolumeStore")
-            settings = {key: value for key, value in volumes.to_dict().items() if key != "auto_map"}
-            self.scans = store_class(cache_dir, settings)
-            self.store = store_class(Path(cache_dir) / "tokens", settings | {"classes": classes})
+            self.scans = store_class(cache_dir, volumes.settings)  # the collator's, so that a scan is read once
+            self.store = store_class(Path(cache_dir) / "tokens", volumes.settings | {"classes": classes})
 
     def __call__(self, row, number):
         """Targets of scan `number` (from 0) of a row: float32 (tokens, 2, classes): the share of a token's voxels that

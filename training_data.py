@@ -340,20 +340,12 @@ class Collator:
         return dict(batch)
 
     def _encode(self, rows):
-        options = {"padding": True}
-        cached = self.cache_dir is not None and any(row["volumes"] for row in rows)
-        if cached:
-            options["cache_dir"] = self.cache_dir
-        batch = self.processor.apply_chat_template(
+        return self.processor.apply_chat_template(
             [conversation(row, self.answers) for row in rows],
             add_generation_prompt=not self.answers,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=self.answers,
-            return_tensors=None,  # tensors below: offsets of the marks are dicts, which are gone by then
-            processor_kwargs=options,
-        ).convert_to_tensors("pt")
-        if cached:
-            # the first reading is rounded as the kept one is, so that each epoch, and a resumed run, sees the same
-            batch["pixel_values_videos"] = batch["pixel_values_videos"].half().float()
-        return batch
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "cache_dir": self.cache_dir},
+        )

@@ -11,9 +11,6 @@ ratios: speedup_vs_release (higher is better), time_vs_limit (1 is perfect), pea
 """
 
 import argparse
-import datetime
-import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from common import arguments, photon_class, report
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = {"small": (120, 256, 256), "full": (300, 512, 512)}  # slices, rows, columns
 SIZE, SPACING = (140, 280, 280), (364 / 140, 364 / 280, 364 / 280)
 AIR = -1000
@@ -48,8 +44,7 @@ def phantom(shape) -> sitk.Image:
 
 
 def load_project():
-    read_volume = get_class_from_dynamic_module("volume_photon.read_volume", str(ROOT))
-    return sys.modules[read_volume.__module__]
+    return sys.modules[photon_class("volume_photon.read_volume").__module__]
 
 
 def ours(volume, path) -> np.ndarray:
@@ -135,12 +130,7 @@ def _warm_up_file(path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", help="write device, date, rows and ratios here")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = arguments(__doc__, list(PRESETS), repeats={"type": int, "default": 3}, peak_of={"help": argparse.SUPPRESS})
     if args.peak_of:
         return print_peak(args.peak_of)
     volume, shape = load_project(), PRESETS[args.preset]
@@ -166,18 +156,8 @@ def main() -> None:
     }
     rows = [{"name": name, "seconds": round(value, 4)} for name, value in seconds.items()]
     print(f"{shape[2]} x {shape[1]} x {shape[0]} int16, {raw / 1e6:.0f} MB, {packed / 1e6:.0f} MB deflated")
-    for row in rows:
-        print(f"  {row['name']:<26}{row['seconds']:>8.3f} s")
-    for name, value in ratios.items():
-        print(f"  {name:<26}{value:>8.2f}")
-    print(
-        f"  mean difference to the release {difference:.4f} of the input range; inflater: {files.fast_gzip.__name__}"
-    )
-    if args.json:
-        device = f"{platform.machine()}, {torch.get_num_threads()} threads, {files.fast_gzip.__name__}"
-        date = datetime.date.today().isoformat()
-        report = {"device": device, "date": date, "rows": rows, "ratios": ratios}
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    report(torch.device("cpu"), rows, ratios, args.json)
+    print(f"mean difference to the release {difference:.4f} of the input range; inflater: {files.fast_gzip.__name__}")
 
 
 if __name__ == "__main__":

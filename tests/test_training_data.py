@@ -378,8 +378,9 @@ def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         labels = TokenLabels(processor.image_processor, 4, cache)
         torch.testing.assert_close(labels(row, 0), wanted, atol=1e-3, rtol=0)
-    batch = Collator(processor, 1000, token_labels=labels)([row])
+    batch = Collator(processor, 1000, cache_dir=tmp_path / "cache", token_labels=labels)([row])
     assert batch["token_targets"].shape == (12, 2, 4)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1  # head and collator share the prepared scan
     with pytest.raises(DataError, match="row.jsonl line 1: a label map holds labels up to 2"):
         Collator(processor, 1000, token_labels=TokenLabels(processor.image_processor, 2))([row])
 
