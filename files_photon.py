@@ -4,17 +4,19 @@ Every reader here returns a scalar 3D SimpleITK image in its LPS world, mm, with
 the file before memory is taken, so that a header which lies costs nothing.
 """
 
-import ctypes
 import gzip
 import logging
 import math
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
 from .faults_photon import Findings, VolumeError, VolumeFault
+from .grid_photon import blank_image
 
 try:
     import nibabel as nib
@@ -39,7 +41,7 @@ SITK_TYPES = {
     "i1": "sitkInt8", "u1": "sitkUInt8", "i2": "sitkInt16", "u2": "sitkUInt16", "i4": "sitkInt32", "u4": "sitkUInt32",
     "f4": "sitkFloat32",
 }  # fmt: skip
-CHUNK = 1 << 24  # bytes
+CHUNK = 1 << 20  # bytes
 MORE_THAN_SAID = "The file holds more slices than its header says: part of the scan would be lost. Repair the header."
 MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's xyzt_units & 7: metre, millimetre, micrometre
 NRRD_SPACES = {"left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las"}
@@ -52,7 +54,7 @@ def sniff(path: Path) -> str:
         head = stream.read(4096)
     if head[:2] == b"\x1f\x8b":
         try:
-            with fast_gzip.open(path, "rb") as stream:
+            with gzip.open(path, "rb") as stream:
                 head = stream.read(544)
         except INFLATE_ERRORS:
             raise damaged("the gzip stream cannot be inflated") from None
@@ -98,18 +100,6 @@ def to_image(array, affine: np.ndarray) -> "sitk.Image":
     image.SetDirection((axes / spacing).ravel().tolist())
     image.SetOrigin(np.asarray(affine, dtype=np.float64)[:3, 3].tolist())
     return image
-
-
-def blank_image(shape, dtype: np.dtype):
-    """(new image of (x, y, z) voxels, its memory as a writable array in (z, y, x)); hold the one as long as the other.
-
-    SimpleITK gives out its voxels for reading only, and copying a large scan into it costs as much as a third of
-    inflating it. Nobody else holds this image yet, so it may be written where it lies.
-    """
-    image = sitk.Image([int(n) for n in shape], getattr(sitk, SITK_TYPES[dtype.str[1:]]))
-    view = sitk.GetArrayViewFromImage(image)
-    memory = (ctypes.c_char * view.nbytes).from_address(view.ctypes.data)
-    return image, np.frombuffer(memory, view.dtype).reshape(view.shape)
 
 
 def check_shape(shape, max_voxels: int) -> None:
@@ -191,8 +181,12 @@ def as_scalar(array: np.ndarray) -> np.ndarray:
 # === NIfTI ===========================================================================================================
 
 
-def read_nifti(path: Path, findings: Findings, *, frame: int | None, max_voxels: int) -> "sitk.Image":
-    """NIfTI-1 or -2 in one file, gzipped or not, inflated once and straight into the array."""
+def read_nifti(path: Path, findings: Findings, *, frame: int | None, max_voxels: int, early=None) -> "sitk.Image":
+    """NIfTI-1 or -2 in one file, gzipped or not, inflated once and straight into the image.
+
+    early: called with the image before its voxels are there, unless they have to be rescaled; what it returns is
+    called with the number of slices that are there, again and again while others come.
+    """
     if nib is None:
         raise ImportError("reading NIfTI needs nibabel: pip install nibabel")
     with open(path, "rb") as stream:
@@ -200,7 +194,7 @@ def read_nifti(path: Path, findings: Findings, *, frame: int | None, max_voxels:
     try:
         with (fast_gzip.open if packed else open)(path, "rb") as stream:
             header = _nifti_header(stream)
-            return _nifti_voxels(stream, header, path.stat().st_size, packed, frame, max_voxels, findings)
+            return _nifti_voxels(stream, header, path.stat().st_size, packed, frame, max_voxels, findings, early)
     except INFLATE_ERRORS:
         raise damaged("it ends too early, or its checksum fails") from None
 
@@ -286,7 +280,7 @@ def _compare_forms(sform, qform, shape, findings: Findings) -> None:
         )
 
 
-def _nifti_voxels(stream, header, file_size, packed, frame, max_voxels, findings):
+def _nifti_voxels(stream, header, file_size, packed, frame, max_voxels, findings, early):
     try:
         shape, dtype = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
         offset, (slope, intercept) = header.get_data_offset(), header.get_slope_inter()
@@ -310,11 +304,17 @@ def _nifti_voxels(stream, header, file_size, packed, frame, max_voxels, findings
     one = wanted // frames
     _skip(stream, offset + index * one)
     slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+    place, slices = RAS_TO_LPS @ affine, None
     in_place = dtype.isnative and dtype.str[1:] in SITK_TYPES and (slope, intercept) == (1.0, 0.0)
-    image, array = blank_image(shape[:3], dtype) if in_place else (None, np.empty(shape[2::-1], dtype))
-    _fill(stream, memoryview(array).cast("B"))
+    if in_place:
+        image, array = blank_image(shape[:3], getattr(sitk, SITK_TYPES[dtype.str[1:]]))
+        to_image(image, place)
+        slices = early(image) if early is not None else None
+    else:
+        array = np.empty(shape[2::-1], dtype)
+    _fill(stream, memoryview(array).cast("B"), one // shape[2], slices)
     _check_rest(stream, (frames - 1 - index) * one, one // shape[2], findings)
-    return to_image(image if in_place else rescale(as_scalar(array), slope, intercept), RAS_TO_LPS @ affine)
+    return image if in_place else to_image(rescale(as_scalar(array), slope, intercept), place)
 
 
 def _skip(stream, offset: int) -> None:
@@ -324,13 +324,30 @@ def _skip(stream, offset: int) -> None:
         raise damaged("it ends before its voxels")
 
 
-def _fill(stream, view: memoryview) -> None:
+def _fill(stream, view: memoryview, slice_bytes: int, slices) -> None:
+    """The voxels, in a thread of their own, while this one calls `slices(number there)`.
+
+    Not the other way round: ISA-L leaves the upper halves of the vector registers set in the thread where it ran, and
+    SSE code such as ITK's interpolation then takes twice as long there, and in threads that are started from there.
+    """
+    there = SimpleQueue()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        reading = pool.submit(_read_voxels, stream, view, there)
+        reading.add_done_callback(lambda _: there.put(None))
+        for done in iter(there.get, None):
+            if slices is not None:
+                slices(done // slice_bytes)
+        reading.result()
+
+
+def _read_voxels(stream, view: memoryview, there: SimpleQueue) -> None:
     done = 0
     while done < len(view):
         got = stream.readinto(view[done : done + CHUNK])
         if not got:
             raise damaged(f"it ends after {done} of {len(view)} bytes of voxels")
         done += got
+        there.put(done)
 
 
 def _check_rest(stream, others: int, slice_bytes: int, findings: Findings) -> None:

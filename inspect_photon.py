@@ -6,7 +6,7 @@ import numpy as np
 
 from .faults_photon import Findings, VolumeError
 from .grid_photon import Geometry, model_grid, resample
-from .volume_photon import find_modality, intensity_window, load, scale_intensity, value_range
+from .volume_photon import find_modality, intensity_window, load, scale_intensity
 
 try:
     import SimpleITK as sitk
@@ -73,30 +73,27 @@ def inspect_volume(
     size=(140, 280, 280),
     spacing=(2.6, 1.3, 1.3),
     orientation: str = "LAI",
-    series: int | str | None = None,
-    frame: int | None = None,
-    max_voxels: int = 2**31,
-    tilt: str = "resample",
-    gaps: str = "refuse",
-    monochrome1: str = "refuse",
-    fill_nonfinite: float | None = None,
+    scaling: str = "window",
+    **reading,
 ) -> VolumeReport:
     """Reads a scan as the processor would and reports instead of raising.
 
-    Arguments are those of `read_volume`, `intensity_window` and `model_grid`. A scan that is refused comes back with
-    `readable=False`, the code and the message among `faults`, and what is known of it until then.
+    Arguments are those of `read_on_grid`. A scan that is refused comes back with `readable=False`, the code and the
+    message among `faults`, and what is known of it until then.
     """
     findings, parts, refused = Findings(), {}, []
     try:
-        image = load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, fill_nonfinite)
+        image, values = load(source, findings, **reading)
         scan = Geometry.of(image)
         parts["geometry"] = _geometry(scan)
-        parts["intensity"] = _intensity(image)
-        found = find_modality(image, modality, assume_hu=assume_hu)
-        lo_hi = intensity_window(image, modality=found, window=window, percentiles=percentiles, assume_hu=assume_hu)
+        parts["intensity"] = _intensity(image, values)
+        hu = {"assume_hu": assume_hu, "values": values}
+        found = find_modality(image, modality, **hu)
+        lo_hi = intensity_window(image, modality=found, window=window, percentiles=percentiles, **hu)
         parts["intensity"] |= {"modality": found, "window": list(lo_hi)}
         grid = model_grid(scan, size, spacing, orientation)
-        seen = grid.image(scale_intensity(resample(image, grid, window=lo_hi, outside=lo_hi[0]), window=lo_hi))
+        seen = resample(image, grid, window=lo_hi, outside=lo_hi[0])
+        seen = grid.image(scale_intensity(seen, window=lo_hi, scaling=scaling))
         parts["model"] = asdict(grid) | _overlap(scan, grid)
         parts["planes"] = three_planes(seen)
     except VolumeError as error:
@@ -114,14 +111,13 @@ def _geometry(scan: Geometry) -> dict:
     }
 
 
-def _intensity(image) -> dict:
+def _intensity(image, values: tuple[float, float]) -> dict:
     array = sitk.GetArrayViewFromImage(image)
     sample = array[:: 1 + array.shape[0] // 128, :: 1 + array.shape[1] // 128, :: 1 + array.shape[2] // 128]
-    lo, hi = value_range(image)
-    values = {
+    shares = {
         f"percentile_{p}": float(v) for p, v in zip(PERCENTILES, np.percentile(sample, PERCENTILES), strict=True)
     }
-    return {"type": array.dtype.name, "min": lo, "max": hi} | values
+    return {"type": array.dtype.name, "min": values[0], "max": values[1]} | shares
 
 
 def _overlap(scan: Geometry, grid: Geometry) -> dict:

@@ -73,15 +73,22 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             raise ValueError(f"phase is {phase!r}; expected one of {', '.join(map(repr, PHASES))}.")
         self.language_model.scheduler_phase = phase
 
-    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
-        """As the parent's: patches of all volumes (N, voxels) and their grids (volumes, 3) to one tensor a volume."""
-        patches = 0 if video_grid_thw is None else int(video_grid_thw.prod(-1).sum())
+    def get_video_features(self, pixel_values_videos, video_grid_thw=None, volume_index=None, **kwargs):
+        """As the parent's: patches of all volumes (N, voxels) and the grids of their places (P, 3) to one tensor a
+        place. With volume_index (P,) a volume that stands in several places is encoded once."""
+        grids = video_grid_thw
+        if volume_index is not None and grids is not None:
+            grids = _grids_of_volumes(grids, volume_index)
+        patches = 0 if grids is None else int(grids.prod(-1).sum())
         if len(pixel_values_videos) != patches:
             raise ValueError(
                 f"pixel_values_videos has {len(pixel_values_videos)} patches, but video_grid_thw counts {patches}; "
                 "the two must match. Pass both as the processor returns them."
             )
-        return super().get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+        outputs = super().get_video_features(pixel_values_videos, grids, **kwargs)
+        if volume_index is not None:
+            outputs.pooler_output = [outputs.pooler_output[i] for i in volume_index.tolist()]
+        return outputs
 
     def get_rope_index(
         self, input_ids=None, mm_token_type_ids=None, image_grid_thw=None, video_grid_thw=None,
@@ -164,6 +171,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         use_cache: bool | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
+        volume_index: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
         mm_encoder_outputs: dict | None = None,
         visual_mask: torch.BoolTensor | None = None,
@@ -177,6 +185,8 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
     ) -> PhotonModelOutputWithPast:
         """
         Args beyond the parent's:
+            volume_index (P,): which volume of pixel_values_videos each place in the prompts shows, so that questions
+                on one scan share its encoding; video_grid_thw has a row for each place. Default: all in turn.
             visual_mask, question_mask (B, S) bool: found in input_ids by themselves; needed with inputs_embeds.
             token_budget: keep exactly so many of each row's visual tokens, the most salient.
             keep_ratio: the same as a share of each row's visual tokens.
@@ -217,7 +227,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             # encoded here, so that the arguments of the decoder do not reach the vision tower's attention
             mm_encoder_outputs = dict(mm_encoder_outputs or {})
             mm_encoder_outputs["video"] = self.get_video_features(
-                pixel_values_videos, video_grid_thw, return_dict=True
+                pixel_values_videos, video_grid_thw, volume_index, return_dict=True
             )
         if self.training and not given:
             inputs_embeds = self._with_vision_touched(input_ids, inputs_embeds)
@@ -265,6 +275,21 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         nothing = inputs_embeds.new_zeros(merge**2, voxels)
         features = self.get_video_features(nothing, grid, return_dict=True).pooler_output[0]
         return inputs_embeds + 0.0 * features.sum().to(inputs_embeds.dtype)
+
+
+def _grids_of_volumes(grids, volume_index):
+    """Grids of the places (P, 3) -> grids of the volumes (volumes, 3) that volume_index (P,) names."""
+    volumes = int(volume_index.max()) + 1 if len(volume_index) else 0
+    places = [(volume_index == volume).nonzero()[:, 0] for volume in range(volumes)]
+    if len(volume_index) != len(grids) or not all(len(place) for place in places):
+        raise ValueError(
+            f"volume_index names the volumes {volume_index.tolist()} for {len(grids)} places; expected one number a "
+            "place, and each volume from 0 on in at least one. Pass it as the processor returns it."
+        )
+    of_volumes = torch.stack([grids[place[0]] for place in places])
+    if not torch.equal(of_volumes[volume_index], grids):
+        raise ValueError("Places that volume_index gives one volume have unlike rows in video_grid_thw.")
+    return of_volumes
 
 
 def _next_grid(grids, row):
@@ -339,6 +364,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         use_cache: bool | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
+        volume_index: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -374,6 +400,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             use_cache=use_cache,
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
+            volume_index=volume_index,
             mm_token_type_ids=mm_token_type_ids,
             second_per_grid_ts=second_per_grid_ts,
             mm_encoder_outputs=mm_encoder_outputs,

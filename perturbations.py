@@ -74,20 +74,30 @@ def _random(patches, generator):
     return torch.rand(patches.shape, generator=generator, device=patches.device)
 
 
-def perturb_rows(patches, grids, volume_count, perturbations, config, seeds, empty=0.0, full=1.0):
-    """A batch's patches with the scans of some rows spoilt.
+def perturb_rows(patches, grids, volume_index, volume_count, perturbations, config, seeds, empty=0.0, full=1.0):
+    """A batch's patches with the scans of some rows spoilt: such a row gets scans of its own, behind the others.
 
-    Args: patches (N, voxels) of all scans; grids (scans, 3); volume_count (B,) list; perturbations (B,) list, `None`
+    Args: patches (N, voxels) of all volumes; grids (P, 3) and volume_index (P,) of the places in the prompts, as
+        `PhotonModel.forward` takes them; volume_count (B,) list, places of each row; perturbations (B,) list, `None`
         where a row is left alone; seeds (B,) list of int.
-    Returns: (N, voxels); the same tensor where no row is spoilt.
+    Returns: patches, volume_index, and the list of the volumes that are still whole, by their old numbers: these come
+        first and in order. The same tensors where no row is spoilt.
     """
+    index = volume_index.tolist()
+    first = {volume: place for place, volume in reversed(list(enumerate(index)))}
+    whole = sorted(first)
     if all(kind is None for kind in perturbations):
-        return patches
-    scans = iter(patches.split(grids.prod(-1).tolist()))
-    out = []
-    for volumes, kind, seed in zip(volume_count, perturbations, seeds, strict=True):
+        return patches, volume_index, whole
+    volumes = patches.split([int(grids[first[volume]].prod()) for volume in whole])
+    spoilt, places = {}, iter(range(len(index)))
+    for count, kind, seed in zip(volume_count, perturbations, seeds, strict=True):
         generator = torch.Generator(device=patches.device).manual_seed(seed)
-        for _ in range(volumes):
-            scan = next(scans)
-            out.append(scan if kind is None else perturb(scan, kind, config, generator, empty, full))
-    return torch.cat(out)
+        for place in [next(places) for _ in range(count)]:
+            if kind is not None:
+                spoilt[place] = perturb(volumes[index[place]], kind, config, generator, empty, full)
+    whole = sorted({volume for place, volume in enumerate(index) if place not in spoilt})
+    numbers = {volume: number for number, volume in enumerate(whole)}
+    own = {place: len(whole) + number for number, place in enumerate(spoilt)}
+    index = [own[place] if place in own else numbers[volume] for place, volume in enumerate(index)]
+    patches = torch.cat([*(volumes[volume] for volume in whole), *spoilt.values()])
+    return patches, torch.tensor(index, device=volume_index.device), whole

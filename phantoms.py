@@ -53,6 +53,7 @@ class PhantomConfig:
     diameters: tuple[float, ...] = (15.0, 20.0, 25.0, 30.0, 35.0)  # the answers of the size questions
     diameter_jitter: float = 1.5  # a diameter is at most this far from its class, so that rounding is never in doubt
     contrast: tuple[float, ...] = (55.0, 95.0)  # between a solid lesion and its organ, either sign
+    ground_glass: float = 0.5  # share of the lung nodules that are ground glass; the others are solid
     follow_up: float = 0.4  # share of patients with a second scan
     growth: float = 1.4  # smallest ratio between the diameters' classes of a lesion that has grown or shrunk
     limited_fov: float = 0.5  # share of the other patients whose field of view leaves organs out
@@ -63,7 +64,7 @@ class PhantomConfig:
     def __post_init__(self):
         if self.size not in PRESETS:
             raise ValueError(f"size is {self.size!r}; choose one of {', '.join(PRESETS)}")
-        for name in ("lesion_probability", "follow_up", "limited_fov"):
+        for name in ("lesion_probability", "follow_up", "limited_fov", "ground_glass"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a probability from 0 to 1")
         if self.max_lesions < 1 or self.max_lesions > 3:
@@ -506,8 +507,9 @@ class Phantom:
     def _tissue(self, rng, organ):
         contrast, kind = rng.uniform(*self.config.contrast), rng.integers(2)
         if "lung" in organ:
-            kind = ("solid nodule", "ground-glass nodule")[kind]
-            return kind, "hyperdense", round(float(rng.uniform(10, 60) if kind[0] == "s" else rng.uniform(-520, -420)))
+            if rng.random() < self.config.ground_glass:
+                return "ground-glass nodule", "hyperdense", round(float(rng.uniform(-520, -420)))
+            return "solid nodule", "hyperdense", round(float(rng.uniform(10, 60)))
         if rng.random() < 0.5:
             return "hypervascular", "hyperdense", round(float(self.anatomy.hu[organ] + contrast))
         if kind:

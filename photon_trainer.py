@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from convert_photon import photon_class
 from perturbations import draw_rows, perturb_rows, stream
+from training_data import ScanSampler
 
 try:
     import resource
@@ -118,15 +119,23 @@ class PhotonTrainer(Trainer):
 
     # --- a step
 
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.questions_together == 1:
+            return super()._get_train_sampler(rows)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ScanSampler(rows, self.args.questions_together, seed)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         volume_count, examples = inputs.pop("volume_count").tolist(), inputs.pop("example").tolist()
-        targets = inputs.pop("token_targets", None)
+        targets = inputs.pop("token_targets", None)  # a list, one a volume
         kinds = ["answer"] * len(examples)
         if self.logged_step is None:
             self.logged_step = self.state.global_step
         if self.stage == "tune":
-            kinds = self.set_objectives(model, inputs, volume_count, examples)
+            kinds, whole = self.set_objectives(model, inputs, volume_count, examples)
+            targets = None if targets is None else [targets[volume] for volume in whole]
         else:
             inputs["use_scheduler"] = False
         # Gradients are averaged over ranks, but each rank's loss is a share of the whole. The parent makes up for that
@@ -134,7 +143,7 @@ class PhotonTrainer(Trainer):
         ranks = self.accelerator.num_processes
         items = None if num_items_in_batch is None else num_items_in_batch / ranks
         outputs = model(**inputs, num_items_in_batch=items)
-        loss, token_loss = outputs["loss"], self.token_loss(inputs, volume_count, kinds, targets, items)
+        loss, token_loss = outputs["loss"], self.token_loss(inputs, volume_count, targets, items)
         if token_loss is not None:
             loss = loss + self.token_weight * token_loss
             self.terms.add(token_loss=token_loss / ranks)
@@ -142,7 +151,8 @@ class PhotonTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def set_objectives(self, model, inputs, volume_count, examples):
-        """Phase, kinds of loss and spoilt scans of one batch, into its inputs. Returns the kinds."""
+        """Phase, kinds of loss and spoilt scans of one batch, into its inputs. Returns the kinds, and the volumes that
+        are whole."""
         photon, step = self.accelerator.unwrap_model(model), self.state.global_step
         if self.phases is None:
             self.phases = Phases.of(photon.config, self.args, self.state.max_steps)
@@ -154,10 +164,12 @@ class PhotonTrainer(Trainer):
         kinds, perturbations = draw_rows(photon.config, seed, step, examples, volume_count, flips)
         codes = [self.objective[kind.upper()] for kind in kinds]
         inputs["objective"] = torch.tensor(codes, device=inputs["input_ids"].device)
+        whole = []
         if "pixel_values_videos" in inputs:
-            inputs["pixel_values_videos"] = perturb_rows(
+            inputs["pixel_values_videos"], inputs["volume_index"], whole = perturb_rows(
                 inputs["pixel_values_videos"],
                 inputs["video_grid_thw"],
+                inputs["volume_index"],
                 volume_count,
                 perturbations,
                 photon.config,
@@ -165,18 +177,22 @@ class PhotonTrainer(Trainer):
                 self.empty,
                 self.full,
             )
-        return kinds
+        return kinds, whole
 
-    def token_loss(self, inputs, volume_count, kinds, targets, num_items):
-        """The token head's loss, weighted by a row's answer tokens as every other term; not on spoilt scans."""
+    def token_loss(self, inputs, volume_count, targets, num_items):
+        """The token head's loss on each scan, weighted by the answer tokens of the rows that show it, as every other
+        term; not on spoilt scans."""
         if self.token_head is None or not self.model.training:
             return None
-        merge = self.processing_class.image_processor.merge_size
-        tokens = iter((inputs["video_grid_thw"].prod(-1) // merge**2).tolist() if targets is not None else ())
-        lengths = [sum(next(tokens) for _ in range(count)) for count in volume_count]
+        losses = self.token_head.losses(targets)  # (volumes that are whole,)
+        if targets is None:
+            return losses.sum()
         answers = (inputs["labels"][:, 1:] != -100).sum(-1)
-        counted = torch.tensor([kind != "robust" for kind in kinds], device=answers.device)
-        return (self.token_head.losses(targets, lengths) * answers * counted).sum() / num_items
+        counts = torch.tensor(volume_count, device=answers.device)
+        weight = (answers / counts.clamp(min=1)).repeat_interleave(counts)  # (P,), a row's share over its scans
+        index = inputs["volume_index"]
+        weights = weight.new_zeros(int(index.max()) + 1).index_add(0, index, weight)
+        return (losses * weights[: len(losses)]).sum() / num_items
 
     def note(self, inputs, outputs, kinds):
         """Figures of one batch for the log."""

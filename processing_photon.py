@@ -9,6 +9,7 @@ to encode once, expand for beams and drop after the prompt.
 """
 
 from dataclasses import asdict
+from os import PathLike
 from typing import TypedDict
 
 import numpy as np
@@ -16,9 +17,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from .grid_photon import Geometry, model_grid, resample
+from .grid_photon import Geometry, resample
 from .store_photon import VolumeStore
-from .volume_photon import intensity_window, read_volume, scale_intensity
+from .volume_photon import read_on_grid
 
 READ_OPTIONS = ("series", "frame")
 
@@ -122,7 +123,7 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
 
         Returns: float32 (depth, height, width) as the model sees it, the scan's `Geometry`, the grid's `Geometry`.
         """
-        image = read_volume(
+        array, scan, grid = read_on_grid(
             source,
             series=series,
             frame=frame,
@@ -131,18 +132,15 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
             gaps=self.gaps,
             monochrome1=self.monochrome1,
             fill_nonfinite=self.fill_nonfinite,
-        )
-        scan = Geometry.of(image)
-        grid = model_grid(scan, self.grid, self.spacing, self.orientation)
-        window = intensity_window(
-            image,
+            size=self.grid,
+            spacing=self.spacing,
+            orientation=self.orientation,
             modality=self.modality,
             window=self.window,
             percentiles=self.percentiles,
             assume_hu=self.assume_hu,
+            scaling=self.scaling,
         )
-        on_grid = resample(image, grid, window=window, outside=window[0])
-        array = scale_intensity(on_grid, window=window, scaling=self.scaling)
         return (array - self.mean) / self.std, scan, grid
 
     def patchify(self, array):
@@ -238,7 +236,8 @@ class PhotonProcessor(ProcessorMixin):
             volumes: one scan, a list of scans for all prompts in turn, or a list of lists, one a prompt. A scan is
                 anything that `read_volume` takes, or a dict of it with reading options.
             kwargs: those of the tokenizer; fields of the volume processor for this call, such as `modality="mr"`; and
-                `cache_dir`, a folder where scans that come as files are kept preprocessed.
+                `cache_dir`, a folder where scans that come as files are kept preprocessed; `share_volumes=True`
+                reads a scan that stands in several prompts once, and adds `volume_index` (see `PhotonModel.forward`).
         Returns: `BatchFeature` with an attribute `scans`, a list of geometries for each prompt.
         Raises: `ValueError` where scans and placeholders do not match, `VolumeError` where a scan cannot be read.
         """
@@ -261,7 +260,12 @@ class PhotonProcessor(ProcessorMixin):
                 )
         fields = {name: kwargs.pop(name) for name in PhotonVolumeKwargs.__annotations__ if name in kwargs}
         cache_dir = kwargs.pop("cache_dir", None)
-        processed = self.image_processor(flat, cache_dir=cache_dir, **fields) if flat else None
+        distinct, index = _distinct(flat) if kwargs.pop("share_volumes", False) else (flat, None)
+        processed = self.image_processor(distinct, cache_dir=cache_dir, **fields) if flat else None
+        if processed is not None and index is not None:
+            processed["volume_index"] = np.array(index)
+            processed["video_grid_thw"] = processed["video_grid_thw"][index]
+            processed["scans"] = [processed["scans"][i] for i in index]
         out = super().__call__(text=text, videos=processed, **kwargs)
         scans = iter(out.pop("scans", ()))
         out.scans = [[next(scans) for _ in row] for row in rows or [[] for _ in texts]]
@@ -335,6 +339,21 @@ def coarser(grid, block):
     spacing = np.array(grid.spacing)
     origin = np.array(grid.origin) + grid.axes @ (spacing * (step - 1) / 2)  # centre of the first block
     return Geometry(np.array(grid.size) // step, spacing * step, origin, grid.direction)
+
+
+def _distinct(volumes):
+    """Volumes without repetition, and each one's place among them. Paths are equal as texts, objects by identity."""
+
+    def name(value):
+        if isinstance(value, dict):
+            return tuple(sorted((key, name(item)) for key, item in value.items()))
+        if isinstance(value, str | int | PathLike):
+            return type(value).__name__, str(value)
+        return id(value)
+
+    places = {}
+    index = [places.setdefault(name(volume), len(places)) for volume in volumes]
+    return [volumes[index.index(i)] for i in range(len(places))], index
 
 
 def _rows(volumes):

@@ -39,8 +39,8 @@ class TokenLabels:
             self.store = store_class(Path(cache_dir) / "tokens", volumes.settings | {"classes": classes})
 
     def __call__(self, row, number):
-        """Targets of scan `number` (from 0) of a row: float32 (tokens, 2, classes): the share of a token's voxels that
-        each class has, and the share that is lesion within each class."""
+        """Targets of scan `number` (from 0) of a row: float32 (tokens, patches of a token, 2, classes): the share of a
+        patch's voxels that each class has, and the share that is lesion of each class."""
         scan = reading(row["volumes"][number])
         paths = [maps[number] for maps in (row["labels"], row["lesions"]) if maps]
         options = {key: value for key, value in scan.items() if key != "path"}
@@ -64,27 +64,33 @@ class TokenLabels:
                 f"a label map holds labels up to {organs.max()}; token_label_classes {self.classes} allows 0 to "
                 f"{self.classes - 1}"
             )
-        return torch.stack([self.shares(organs, np.ones_like(lesions)), self.shares(organs, lesions)], dim=1)
+        return torch.stack([self.shares(organs, np.ones_like(lesions)), self.shares(organs, lesions)], dim=-2)
 
     def shares(self, organs, counted):
-        """(D, H, W) labels and which voxels count -> (tokens, classes) of a token's voxels."""
-        t, h, w = self.volumes.grid_thw
-        p, m = self.volumes.patch_size, self.volumes.merge_size
-        block = p * (p * m) ** 2
-        shape = (t, p, h // m, p * m, w // m, p * m)
-        organs, counted = (x.reshape(shape).transpose(0, 2, 4, 1, 3, 5).reshape(-1, block) for x in (organs, counted))
-        token = np.arange(len(organs))[:, None] * self.classes
-        counts = np.bincount((token + organs).ravel(), weights=counted.ravel(), minlength=len(organs) * self.classes)
-        return torch.from_numpy(counts.reshape(-1, self.classes) / block).float()
+        """(D, H, W) labels and which voxels count -> (tokens, patches of a token, classes), of a patch's voxels."""
+        organs, counted = self.volumes.patchify(organs), self.volumes.patchify(counted)  # (patches, voxels)
+        patches, voxels = organs.shape
+        place = np.arange(patches)[:, None] * self.classes + organs
+        counts = np.bincount(place.ravel(), weights=counted.ravel(), minlength=patches * self.classes)
+        shares = counts.reshape(-1, self.volumes.merge_size**2, self.classes) / voxels
+        return torch.from_numpy(shares).float()
 
 
 class TokenHead(nn.Module):
-    """Linear head on the vision tower's output; hooked into its forward, so that it is wrapped and sharded with it."""
+    """Linear head on the vision tower's output; hooked into its forward, so that it is wrapped and sharded with it.
 
-    def __init__(self, size, classes):
+    A token answers for each of its patches, since it must know where in it a lesion lies; and for a lesion only in the
+    classes that a patch holds, since elsewhere the question teaches nothing but the rarity of lesions.
+
+    Args: size of a visual token; patches of a token; classes of the label maps.
+    """
+
+    PRESENT = 0.02  # share of a patch's voxels from which a class, or its lesion, counts as there
+
+    def __init__(self, size, patches, classes):
         super().__init__()
-        self.classes, self.logits = classes, []
-        self.linear = nn.Linear(size, 2 * classes)
+        self.shape, self.logits = (patches, 2, classes), []
+        self.linear = nn.Linear(size, patches * 2 * classes)
 
     def attach(self, visual):
         visual.register_forward_hook(self._look)
@@ -92,22 +98,30 @@ class TokenHead(nn.Module):
     def _look(self, visual, args, output):
         if visual.training:
             logits = self.linear(output.pooler_output.to(self.linear.weight.dtype))
-            self.logits.append(logits.float().unflatten(-1, (2, self.classes)))  # (T, 2, C)
+            self.logits.append(logits.float().unflatten(-1, self.shape))  # (T, P, 2, C)
 
-    def losses(self, targets, lengths):
-        """Mean over a row's tokens of organ cross-entropy and lesion binary cross-entropy; uses up what was looked at.
+    def losses(self, targets):
+        """Organ cross-entropy over a scan's patches, and lesion binary cross-entropy over the organs in its patches;
+        uses up what was looked at.
 
-        Args: targets (T, 2, C) of `TokenLabels`, or `None` for a batch without scans; lengths (B,) list, visual tokens
-            of each row. Returns: (B,); 0 for rows without visual tokens.
+        Args: targets: a list, (T, P, 2, C) of `TokenLabels` for each of the first scans that were looked at, or `None`
+            for a batch without scans. Returns: (scans,); for a batch without scans one 0.
         """
         logits = torch.cat(self.logits)
         self.logits = []
-        if targets is None:
-            return 0.0 * logits.sum() * logits.new_zeros(len(lengths))  # takes part in the reduction
-        organ = -(targets[:, 0] * logits[:, 0].log_softmax(-1)).sum(-1)
-        lesion = F.binary_cross_entropy_with_logits(logits[:, 1], (targets[:, 1] > 0).float(), reduction="none")
-        per_token = (organ + lesion.sum(-1)).split(lengths)
-        return torch.stack([tokens.mean() if len(tokens) else tokens.sum() for tokens in per_token])
+        if not targets:
+            return 0.0 * logits.sum()[None]  # takes part in the reduction
+        losses, begin = [], 0
+        for target in targets:
+            organ, lesion = logits[begin : begin + len(target)].unbind(-2)  # (T, P, C)
+            begin += len(target)
+            organs, lesions = target.unbind(-2)
+            there = organs > self.PRESENT
+            there[..., 0] = False  # background
+            lesion = F.binary_cross_entropy_with_logits(lesion, (lesions > self.PRESENT).float(), reduction="none")
+            organ = -(organs * organ.log_softmax(-1)).sum(-1).mean()
+            losses.append(organ + (lesion * there).sum() / there.sum().clamp(min=1))
+        return torch.stack(losses)
 
 
 __all__ = ["TokenHead", "TokenLabels"]

@@ -46,7 +46,7 @@ RUN_FIELDS = (
     "learning_rate", "vision_learning_rate", "aligner_learning_rate", "scheduler_learning_rate", "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16",
-    "fp16", "soft_start", "hard_start", "flip_start", "train_sampling_strategy",
+    "fp16", "soft_start", "hard_start", "flip_start", "train_sampling_strategy", "questions_together",
 )  # fmt: skip
 
 
@@ -95,6 +95,9 @@ class PhotonTrainingArguments(TrainingArguments):
     soft_start: float | None = field(default=None, metadata={"help": "first soft step; below 1 a share of the run"})
     hard_start: float | None = field(default=None, metadata={"help": "first step with deletion; likewise"})
     flip_start: float | None = field(default=None, metadata={"help": "first step with flipped rows; likewise"})
+    questions_together: int = field(
+        default=1, metadata={"help": "so many questions on one scan follow one another; a batch encodes it once"}
+    )
     vision_learning_rate: float | None = field(default=None, metadata={"help": "default learning_rate"})
     aligner_learning_rate: float | None = field(
         default=None, metadata={"help": "of the merger; default learning_rate"}
@@ -111,6 +114,8 @@ class PhotonTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns=True would drop the scans; leave it False.")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices=False would weigh ranks, not answers; leave it True.")
+        if self.questions_together < 1:
+            raise ValueError(f"questions_together is {self.questions_together}; expected 1 or more.")
 
 
 # === Arguments =======================================================================================================
@@ -387,7 +392,8 @@ def build_trainer(model_args, data_args, args, model, processor, train, evaluati
     if data_args.token_labels:
         classes = data_args.token_label_classes
         token_labels = TokenLabels(processor.image_processor, classes, data_args.cache_dir)
-        token_head = TokenHead(model.config.text_config.hidden_size, classes)
+        patches = processor.image_processor.merge_size**2
+        token_head = TokenHead(model.config.text_config.hidden_size, patches, classes)
         token_head.attach(model.model.visual)
         model.token_head = token_head  # within the model, so that wrapping, sharding and checkpoints include it
     data = {"processor": processor, "max_length": data_args.max_length, "cache_dir": data_args.cache_dir}

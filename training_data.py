@@ -7,17 +7,20 @@ and for `--token-labels` `labels` and `lesions` (label maps beside the scans).
 
 - `load_rows`: rows with one shape, every fault named by file and line before training starts;
 - `check_files`, `check_rows`: scans that are missing; rows that are too long or leave nothing to learn;
+- `ScanSampler`: the order of rows in which questions on one scan come together;
 - `Collator`: rows to a batch, padded on the left, labels on the assistant's tokens alone.
 Scans stay paths until the collator. Messages name a row by its file and line, never by its scan.
 """
 
 import json
 import os
+import random
 import re
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 MAX_FAULTS = 20  # as many are spelt out; the rest is counted
@@ -288,13 +291,42 @@ def reading(volume):
     return out
 
 
+class ScanSampler(Sampler):
+    """Rows in random order, but those on one scan up to `together` at a time, so that a batch encodes it once.
+
+    Args: rows with `volumes`; together; seed, the order follows from it and from the epoch.
+    """
+
+    def __init__(self, rows, together, seed):
+        self.together, self.seed, self.epoch = together, seed, 0
+        self.scans = {}
+        for number, volumes in enumerate(rows["volumes"]):
+            self.scans.setdefault(json.dumps(volumes) if volumes else number, []).append(number)
+
+    def __len__(self):
+        return sum(len(numbers) for numbers in self.scans.values())
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        chance = random.Random(f"{self.seed},{self.epoch}")
+        groups = []
+        for numbers in self.scans.values():
+            numbers = chance.sample(numbers, len(numbers))
+            groups += [numbers[begin : begin + self.together] for begin in range(0, len(numbers), self.together)]
+        chance.shuffle(groups)
+        return (number for group in groups for number in group)
+
+
 class Collator:
     """Rows to a batch: what the processor returns, padded on the left, and beside it
 
     - `labels` (B, S): the assistant's tokens, -100 elsewhere (`answers=True`; else the prompt alone is given);
     - `volume_count` (B,): scans of each row;
     - `example` (B,): number of each row in the data set;
-    - `token_targets` (T, 2, C), with `token_labels`: what each visual token of the batch holds.
+    - `volume_index`: a scan that several rows ask about is given, and encoded, once (see `PhotonModel.forward`);
+    - `token_targets`, with `token_labels`: for each scan (T, P, 2, C), what each patch of its visual tokens holds.
 
     Args:
         max_length: longer rows are refused; nothing is ever cut.
@@ -336,7 +368,9 @@ class Collator:
         batch["example"] = torch.tensor([row["example"] for row in rows])
         if self.token_labels is not None and batch["volume_count"].any():
             scans = [(row, number) for row in rows for number in range(len(row["volumes"]))]
-            batch["token_targets"] = torch.cat([self.token_labels(row, number) for row, number in scans])
+            index = batch["volume_index"].tolist()
+            first = [scans[index.index(volume)] for volume in range(max(index) + 1)]
+            batch["token_targets"] = [self.token_labels(row, number) for row, number in first]
         return dict(batch)
 
     def _encode(self, rows):
@@ -347,5 +381,5 @@ class Collator:
             return_dict=True,
             return_assistant_tokens_mask=self.answers,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "cache_dir": self.cache_dir},
+            processor_kwargs={"padding": True, "cache_dir": self.cache_dir, "share_volumes": True},
         )

@@ -6,12 +6,18 @@
     x = resample(image, grid, window=window, outside=window[0])         # SimpleITK image on the grid
     x = scale_intensity(x, window=window)                               # float32 (D, H, W) in [0, 1]
 
+or, the same to the bit but sooner, because slabs are interpolated while the rest is being inflated,
+
+    x, scan, grid = read_on_grid("scan.nii.gz", size=(140, 280, 280), spacing=(2.6, 1.3, 1.3))
+
 The release does it in six steps and two interpolations (orient to RAI, resample to 1 mm, crop or pad to 364^3, clip,
 resize, flip); together they are one affine map, so here they are one interpolation, from the scan's own voxels.
 """
 
+import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -35,7 +41,7 @@ from .files_photon import (
     sniff,
     to_image,
 )
-from .grid_photon import Geometry, model_grid, resample
+from .grid_photon import Geometry, LinearInterpolation, interpolate_linear, model_grid, resample
 
 try:
     import SimpleITK as sitk
@@ -47,7 +53,7 @@ except ImportError:
     nib = None
 
 __all__ = ["Geometry", "VolumeError", "VolumeFault", "VolumeWarning", "find_modality", "intensity_window"]
-__all__ += ["model_grid", "read_ahead", "read_volume", "resample", "scale_intensity"]
+__all__ += ["model_grid", "read_ahead", "read_on_grid", "read_volume", "resample", "scale_intensity"]
 
 MIN_ANGLE = 0.1  # degrees: less is the rounding of a header
 
@@ -55,12 +61,13 @@ MIN_ANGLE = 0.1  # degrees: less is the rounding of a header
 # === Intensity =======================================================================================================
 
 
-def find_modality(image, modality: str = "auto", *, assume_hu: bool = False) -> str:
+def find_modality(image, modality: str = "auto", *, assume_hu: bool = False, values=None) -> str:
     """What a scan is, "ct" or "mr", never guessed.
 
     "auto": the DICOM modality where the scan has one; else "ct" where values reach below -500 and above 0, which only
     HU do; else MODALITY_UNKNOWN. With "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits,
-    nothing below -500, nothing above 0) unless `assume_hu`, meant for crops that lie within the body.
+    nothing below -500, nothing above 0) unless `assume_hu`, meant for crops that lie within the body. `values`: the
+    image's smallest and largest, where known already.
     """
     if modality not in ("auto", "ct", "mr"):
         raise ValueError(f"modality is 'auto', 'ct' or 'mr', got {modality!r}")
@@ -74,7 +81,7 @@ def find_modality(image, modality: str = "auto", *, assume_hu: bool = False) -> 
             f"The scan says that it is {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
             "expected. Give such a scan, or set modality to what it is.",
         )
-    lo, hi = value_range(image)
+    lo, hi = values or value_range(image)
     looks_hu = lo < -500 and hi > 0 and image.GetPixelID() not in (sitk.sitkInt8, sitk.sitkUInt8)
     found = declared or modality
     if found == "auto" and looks_hu:
@@ -101,14 +108,20 @@ def value_range(image) -> tuple[float, float]:
 
 
 def intensity_window(
-    image, *, modality: str = "auto", window=(-1000.0, 1000.0), percentiles=(0.5, 99.5), assume_hu: bool = False
+    image,
+    *,
+    modality: str = "auto",
+    window=(-1000.0, 1000.0),
+    percentiles=(0.5, 99.5),
+    assume_hu: bool = False,
+    values=None,
 ) -> tuple[float, float]:
     """(lo, hi) in the scan's own units that become 0 and 1.
 
     CT: `window` in HU. MR: `percentiles` of the voxels that are not 0 (0 is what scanners and defacing fill with),
-    which a single bright vessel or spike cannot stretch.
+    which a single bright vessel or spike cannot stretch. `values`: see `find_modality`.
     """
-    if find_modality(image, modality, assume_hu=assume_hu) == "ct":
+    if find_modality(image, modality, assume_hu=assume_hu, values=values) == "ct":
         return float(window[0]), float(window[1])
     array = sitk.GetArrayViewFromImage(image)
     array = array[:: 1 + array.shape[0] // 256, :: 1 + array.shape[1] // 256, :: 1 + array.shape[2] // 256]
@@ -130,20 +143,27 @@ def scale_intensity(x, *, window: tuple[float, float], scaling: str = "window") 
     clipping to the window (the release's: the same tissue then depends on what else is in view).
     """
     x = sitk.GetArrayFromImage(x) if isinstance(x, sitk.Image) else np.array(x)
-    x = x.astype(np.float32, copy=False)
-    if not np.isfinite(x).all():
+    return _scale(x.astype(np.float32, copy=False), window, scaling)
+
+
+def _scale(x: np.ndarray, window, scaling: str) -> np.ndarray:
+    """`scale_intensity` in the array's own memory."""
+    if scaling not in ("window", "minmax"):
+        raise ValueError(f"scaling is 'window' or 'minmax', got {scaling!r}")
+    lowest, highest = float(x.min()), float(x.max())
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise VolumeError(VolumeFault.NON_FINITE, "The volume holds NaN or inf; clean it before it is scaled.")
     lo, hi = (float(window[0]), float(window[1]))
-    np.clip(x, lo, hi, out=x)
-    if scaling == "minmax":
-        lo, hi = float(x.min()), float(x.max())
-    elif scaling != "window":
-        raise ValueError(f"scaling is 'window' or 'minmax', got {scaling!r}")
-    if float(x.min()) == float(x.max()):
+    if lowest < lo or highest > hi:
+        np.clip(x, lo, hi, out=x)
+        lowest, highest = float(x.min()), float(x.max())
+    if lowest == highest:
         raise VolumeError(
             VolumeFault.CONSTANT_IMAGE,
-            f"Within the window {window} the volume has one value, {float(x.min()):g}. Check the scan and the window.",
+            f"Within the window {window} the volume has one value, {lowest:g}. Check the scan and the window.",
         )
+    if scaling == "minmax":
+        lo, hi = lowest, highest
     x -= lo
     x /= hi - lo
     return x
@@ -179,10 +199,74 @@ def read_volume(
 
     The only metadata of the result is the modality, where DICOM tells it. Raises VolumeError, warns VolumeWarning.
     """
+    options = {"series": series, "frame": frame, "max_voxels": max_voxels, "tilt": tilt, "gaps": gaps}
     findings = Findings()
-    image = load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, fill_nonfinite)
+    image, _ = load(source, findings, **options, monochrome1=monochrome1, fill_nonfinite=fill_nonfinite)
     findings.announce()
     return image
+
+
+def read_on_grid(
+    source,
+    *,
+    size=(140, 280, 280),
+    spacing=(2.6, 1.3, 1.3),
+    orientation: str = "LAI",
+    modality: str = "auto",
+    window=(-1000.0, 1000.0),
+    percentiles=(0.5, 99.5),
+    assume_hu: bool = False,
+    scaling: str = "window",
+    **reading,
+) -> tuple[np.ndarray, Geometry, Geometry]:
+    """(float32 (D, H, W) in [0, 1], the scan's geometry, the grid): a scan as the model sees it.
+
+    What `read_volume`, `model_grid`, `intensity_window`, `resample` and `scale_intensity` give one after the other, to
+    the bit, with their arguments; `reading` are those of `read_volume`. But what has been inflated of a NIfTI file is
+    interpolated while the rest is being inflated, as if it were a CT; if it proves not to be one, that is thrown away.
+    """
+    grid_of = partial(model_grid, size=size, spacing=spacing, orientation=orientation)
+    early = _Early(grid_of, window)
+    findings = Findings()
+    image, values = load(source, findings, early=None if modality == "mr" else early.begin, **reading)
+    findings.announce()
+    found = intensity_window(
+        image, modality=modality, window=window, percentiles=percentiles, assume_hu=assume_hu, values=values
+    )
+    scan = Geometry.of(image)
+    grid, array = grid_of(scan), early.result(image, found)
+    if array is None:
+        array = interpolate_linear(image, grid, window=found, outside=found[0])
+    return _scale(array, found, scaling), scan, grid
+
+
+class _Early:
+    """Interpolates a scan as if it were a CT, slab by slab, while later slices are still being read."""
+
+    def __init__(self, grid_of, window):
+        self.grid_of, self.window = grid_of, tuple(float(v) for v in window)
+        self.job, self.slabs = None, deque()
+
+    def begin(self, image):
+        """For `read_nifti`: the image whose slices are still to come."""
+        self.job = LinearInterpolation(
+            image, self.grid_of(Geometry.of(image)), window=self.window, outside=self.window[0]
+        )
+        self.slabs = deque(self.job.slabs)
+        return self.slices
+
+    def slices(self, there: int) -> None:
+        """For `read_nifti`: so many slices are there."""
+        all_here = there == self.job.scan.size[2]
+        self.job.threads = None if all_here else max(1, (os.cpu_count() or 2) - 1)  # one core inflates
+        while self.slabs and self.slabs[0].last <= there:
+            self.job.do(self.slabs.popleft())
+
+    def result(self, image, window) -> np.ndarray | None:
+        """The array (D, H, W), where the scan has come to be this image and is clipped to the window assumed."""
+        if self.job is None or self.slabs or self.job.image is not image or self.window != tuple(window):
+            return None
+        return self.job.out
 
 
 def read_ahead(sources, prepare, *, ahead: int = 2):
@@ -205,8 +289,23 @@ def read_ahead(sources, prepare, *, ahead: int = 2):
                 future.cancel()
 
 
-def load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, fill_nonfinite) -> "sitk.Image":
-    """What `read_volume` and `inspect_volume` share: the image; warnings and notes go to `findings`."""
+def load(
+    source,
+    findings: Findings,
+    *,
+    series=None,
+    frame=None,
+    max_voxels=2**31,
+    tilt="resample",
+    gaps="refuse",
+    monochrome1="refuse",
+    fill_nonfinite=None,
+    early=None,
+) -> tuple:
+    """What all that reads shares: (image, (smallest, largest value)); warnings and notes go to `findings`.
+
+    Arguments: those of `read_volume`; `early`: see `read_nifti`.
+    """
     if sitk is None:
         raise ImportError("reading scans needs SimpleITK: pip install SimpleITK")
     for name, value, allowed in (
@@ -219,7 +318,7 @@ def load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, f
     sizes = {"frame": frame, "max_voxels": max_voxels}
     try:
         if isinstance(source, (str, PathLike)):
-            image = _read_path(Path(source), findings, sizes, series=series, gaps=gaps, monochrome1=monochrome1)
+            image = _read_path(Path(source), findings, sizes, early, series=series, gaps=gaps, monochrome1=monochrome1)
         elif isinstance(source, sitk.Image):
             image = _from_sitk(source, **sizes)
         elif nib is not None and isinstance(source, nib.spatialimages.SpatialImage):
@@ -231,7 +330,7 @@ def load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, f
                 f"a path, a SimpleITK image, a nibabel image or (array, affine) was expected, got "
                 f"{type(source).__name__}; an array alone has no geometry"
             )
-        image = _check_values(image, findings, fill_nonfinite)
+        image, values = _check_values(image, findings, fill_nonfinite)
     except PermissionError:  # its message holds the path
         raise VolumeError(
             VolumeFault.NO_SUCH_FILE, "The file or folder may not be opened with this user's rights. Change them."
@@ -245,10 +344,10 @@ def load(source, findings, series, frame, max_voxels, tilt, gaps, monochrome1, f
     _check_shear(geometry, findings, tilt)
     if geometry.oblique_degrees > MIN_ANGLE:
         findings.note(VolumeFault.OBLIQUE, f"The axes are {geometry.oblique_degrees:.1f} degrees off the patient's.")
-    return image
+    return image, values
 
 
-def _read_path(path: Path, findings: Findings, sizes: dict, **dicom) -> "sitk.Image":
+def _read_path(path: Path, findings: Findings, sizes: dict, early, **dicom) -> "sitk.Image":
     suffix = "".join(s for s in path.suffixes[-2:] if s.lower() in (".gz", ".nii")) or path.suffix
     if path.is_dir():
         return read_dicom(path, findings, **sizes, **dicom)
@@ -273,7 +372,7 @@ def _read_path(path: Path, findings: Findings, sizes: dict, **dicom) -> "sitk.Im
     if kind == "dicom":
         return read_dicom(path, findings, **sizes, **dicom)
     if kind == "nifti":
-        return read_nifti(path, findings, **sizes)
+        return read_nifti(path, findings, early=early, **sizes)
     return read_itk(path, kind, findings, **sizes)
 
 
@@ -346,7 +445,7 @@ def _from_array(array, affine, *, frame, max_voxels) -> "sitk.Image":
 # ==================================================================================
 
 
-def _check_values(image, findings: Findings, fill: float | None) -> "sitk.Image":
+def _check_values(image, findings: Findings, fill: float | None) -> tuple:
     lo, hi = value_range(image)
     if not (np.isfinite(lo) and np.isfinite(hi)):
         array = sitk.GetArrayFromImage(image)
@@ -366,7 +465,7 @@ def _check_values(image, findings: Findings, fill: float | None) -> "sitk.Image"
         image, (lo, hi) = filled, value_range(filled)
     if lo == hi:
         raise VolumeError(VolumeFault.CONSTANT_IMAGE, f"All voxels are {lo:g}: this is no scan. Check the export.")
-    return image
+    return image, (lo, hi)
 
 
 def _check_shear(geometry: Geometry, findings: Findings, tilt: str) -> None:

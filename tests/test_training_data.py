@@ -23,7 +23,7 @@ import perturbations  # noqa: E402
 import training_data  # noqa: E402
 from convert_photon import build_processor  # noqa: E402
 from token_labels import TokenHead, TokenLabels  # noqa: E402
-from training_data import Collator, DataError, check_files, check_rows, load_rows  # noqa: E402
+from training_data import Collator, DataError, ScanSampler, check_files, check_rows, load_rows  # noqa: E402
 
 GRID, SPACING = (28, 56, 84), (5.0, 3.0, 2.0)  # 2 x 2 x 3 = 12 tokens
 
@@ -343,12 +343,47 @@ def test_only_the_robust_rows_scans_are_spoilt():
     grids = torch.tensor([[1, 2, 2], [2, 2, 2], [1, 2, 4], [1, 4, 4]])
     patches = torch.randn(int(grids.prod(-1).sum()), 10)
     rule, spoilt = tiny_config(), [None, perturbations.NOISE, None, perturbations.EMPTY]
-    out = perturbations.perturb_rows(patches, grids, [1, 2, 0, 1], spoilt, rule, [5, 6, 7, 8])
+    places = torch.arange(4)
+    out, index, whole = perturbations.perturb_rows(patches, grids, places, [1, 2, 0, 1], spoilt, rule, [5, 6, 7, 8])
     first, second, third, last = out.split([4, 8, 8, 16])
+    assert index.tolist() == [0, 1, 2, 3] and whole == [0]
     assert torch.equal(first, patches[:4]) and (last == 0).all()
     assert not torch.equal(torch.cat([second, third]), patches[4:20]) and not torch.equal(second, third)
-    same = perturbations.perturb_rows(patches, grids, [1, 2, 0, 1], [None] * 4, rule, [5, 6, 7, 8])
-    assert same is patches
+    same, index, whole = perturbations.perturb_rows(
+        patches, grids, places, [1, 2, 0, 1], [None] * 4, rule, [5, 6, 7, 8]
+    )
+    assert same is patches and index is places and whole == [0, 1, 2, 3]
+
+
+def test_a_spoilt_row_gets_a_scan_of_its_own():
+    """Rows 0, 1 and 3 show scan A (row 3 beside B), row 2 shows C alone. Rows 1 and 2 are spoilt."""
+    patches, rule = torch.randn(4 + 8 + 6, 3), tiny_config()
+    grids = torch.tensor([[1, 2, 2], [1, 2, 2], [3, 1, 2], [1, 2, 2], [2, 2, 2]])
+    index, count = torch.tensor([0, 0, 2, 0, 1]), [1, 1, 1, 2]
+    spoilt = [None, perturbations.NOISE, perturbations.EMPTY, None]
+    out, index, whole = perturbations.perturb_rows(patches, grids, index, count, spoilt, rule, [1, 2, 3, 4], -2.0, 5.0)
+    assert whole == [0, 1] and index.tolist() == [0, 2, 3, 0, 1]
+    a, b, noise, empty = out.split([4, 8, 4, 6])
+    assert torch.equal(a, patches[:4]) and torch.equal(b, patches[4:12]) and (empty == -2).all()
+    alone, *_ = perturbations.perturb_rows(
+        patches[:4], grids[:1], torch.tensor([0]), [1], [perturbations.NOISE], rule, [2], -2.0, 5.0
+    )
+    assert torch.equal(noise, alone)  # the same as without sharing
+
+
+def test_questions_on_one_scan_come_together():
+    names = [["a"], ["b"], ["a"], ["a", "b"], [], ["a"], ["b"], ["a"], []]
+    rows = {"volumes": [[{"path": name} for name in row] for row in names]}
+    sampler, orders = ScanSampler(rows, 3, seed=5), []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(9)) and len(sampler) == 9
+        place = [order.index(i) for i in (0, 2, 5, 7)]  # four on a: three together and one
+        assert any(sorted(place)[k + 2] - sorted(place)[k] == 2 for k in (0, 1))
+        assert abs(order.index(1) - order.index(6)) == 1
+        orders.append(order)
+    assert orders[0] != orders[1] and orders[1] == list(sampler)
 
 
 # === Token labels ====================================================================================================
@@ -362,7 +397,7 @@ def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     assert geometry.orientation == processor.image_processor.orientation
     organs, lesions = np.zeros(GRID, np.uint8), np.zeros(GRID, np.uint8)
     organs[14:28, 0:28, 56:84] = 2  # depth 1, row 0, column 2: token 8, all of it
-    organs[0:7, 28:56, 0:28] = 1  # half of token 3
+    organs[0:7, 42:56, 0:28] = 1  # half of the depth of the lower patches of token 3
     lesions[14:16, 0:28, 56:84] = 5  # 2 of 14 slices of token 8
     scan = np.random.default_rng(0).integers(-1000, 1000, GRID).astype(np.int16)
     for name, array in (("scan", scan), ("organs", organs), ("lesions", lesions)):
@@ -370,43 +405,48 @@ def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     record = {"volumes": ["scan.nii.gz"], "labels": ["organs.nii.gz"], "lesions": ["lesions.nii.gz"],
               "messages": ask("Where?") + say("left")}  # fmt: skip
     row = load_rows(write_rows(tmp_path / "row.jsonl", [record]))[0]
-    wanted = torch.zeros(12, 2, 4)
-    wanted[:, 0, 0] = 1
-    wanted[8, 0] = torch.tensor([0.0, 0, 1, 0])
-    wanted[3, 0] = torch.tensor([0.5, 0.5, 0, 0])
-    wanted[8, 1, 2] = 2 / 14
+    wanted = torch.zeros(12, 4, 2, 4)
+    wanted[:, :, 0, 0] = 1
+    wanted[8, :, 0] = torch.tensor([0.0, 0, 1, 0])
+    wanted[3, 2:, 0] = torch.tensor([0.5, 0.5, 0, 0])  # the lower two of its four patches
+    wanted[8, :, 1, 2] = 2 / 14
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         labels = TokenLabels(processor.image_processor, 4, cache)
         torch.testing.assert_close(labels(row, 0), wanted, atol=1e-3, rtol=0)
     batch = Collator(processor, 1000, cache_dir=tmp_path / "cache", token_labels=labels)([row])
-    assert batch["token_targets"].shape == (12, 2, 4)
+    assert [target.shape for target in batch["token_targets"]] == [(12, 4, 2, 4)]
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1  # head and collator share the prepared scan
     with pytest.raises(DataError, match="row.jsonl line 1: a label map holds labels up to 2"):
         Collator(processor, 1000, token_labels=TokenLabels(processor.image_processor, 2))([row])
 
 
 def test_the_token_heads_loss():
-    head = TokenHead(6, 3)
+    head = TokenHead(6, 2, 3)
     features = torch.randn(7, 6)
     visual = torch.nn.Identity().train()
     visual.forward = lambda x: SimpleNamespace(pooler_output=x)
     head.attach(visual)
     visual(features)
-    targets = torch.rand(7, 2, 3)
-    targets[:, 0] /= targets[:, 0].sum(-1, keepdim=True)
-    targets[2:, 1] = 0
-    losses = head.losses(targets, [3, 0, 4])
-    logits = head.linear(features).reshape(7, 2, 3).double()
+    targets = torch.rand(7, 2, 2, 3)
+    targets[:, :, 0] /= targets[:, :, 0].sum(-1, keepdim=True)
+    targets[1, :, 0] = torch.tensor([0.99, 0.01, 0.0])  # too little of class 1 to be asked about its lesions
+    targets[2:5, :, 1] = 0
+    losses = head.losses(targets.split([3, 4]))
+    logits = head.linear(features).reshape(7, 2, 2, 3).double()
     wanted = []
     for tokens in (range(3), range(3, 7)):
-        total = 0.0
+        organ, lesion = [], []
         for t in tokens:
-            total -= sum(targets[t, 0, c] * torch.log_softmax(logits[t, 0], 0)[c] for c in range(3))
-            for c in range(3):
-                p = torch.sigmoid(logits[t, 1, c])
-                total -= torch.log(p if targets[t, 1, c] > 0 else 1 - p)
-        wanted.append(total / len(tokens))
-    torch.testing.assert_close(losses.double(), torch.stack([wanted[0], torch.tensor(0.0), wanted[1]]).double())
+            for patch in range(2):
+                organ.append(
+                    -sum(targets[t, patch, 0, c] * torch.log_softmax(logits[t, patch, 0], 0)[c] for c in range(3))
+                )
+                for c in (1, 2):  # class 0 is background
+                    if targets[t, patch, 0, c] > 0.02:
+                        p = torch.sigmoid(logits[t, patch, 1, c])
+                        lesion.append(-torch.log(p if targets[t, patch, 1, c] > 0.02 else 1 - p))
+        wanted.append(sum(organ) / len(organ) + sum(lesion) / len(lesion))
+    torch.testing.assert_close(losses.double(), torch.stack(wanted).double())
     visual.eval()
     visual(features)
     assert head.logits == []
