@@ -37,6 +37,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+NOT_SHIPPED = {"convert_photon.py", "datasets_photon.py"}  # tools, which no checkpoint needs
 PATCH_EMBED = "model.visual.patch_embed.proj.weight"
 # names of transformers 4.51 (and of the release) -> ours; applied one after the other
 OFFICIAL_NAMES = {
@@ -222,7 +223,7 @@ def build_processor(tokenizer, config, volume_fields):
 def complete(output):
     """What `save_pretrained` leaves out of a repository: code, the full auto_map, the pipeline."""
     for file in sorted(ROOT.glob("*_photon.py")):
-        if file.name != Path(__file__).name and file.parent != output.resolve():
+        if file.name not in NOT_SHIPPED and file.parent != output.resolve():
             shutil.copy(file, output)
     path = output / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -56,6 +56,9 @@ __all__ = ["Geometry", "VolumeError", "VolumeFault", "VolumeWarning", "find_moda
 __all__ += ["model_grid", "read_ahead", "read_on_grid", "read_volume", "resample", "scale_intensity"]
 
 MIN_ANGLE = 0.1  # degrees: less is the rounding of a header
+NO_SERIES = (
+    "series= chooses among the series of a DICOM folder, and this is no DICOM: it holds one scan. Leave it out."
+)
 
 
 # === Intensity =======================================================================================================
@@ -319,6 +322,8 @@ def load(
     try:
         if isinstance(source, (str, PathLike)):
             image = _read_path(Path(source), findings, sizes, early, series=series, gaps=gaps, monochrome1=monochrome1)
+        elif series is not None:
+            raise ValueError(NO_SERIES)
         elif isinstance(source, sitk.Image):
             image = _from_sitk(source, **sizes)
         elif nib is not None and isinstance(source, nib.spatialimages.SpatialImage):
@@ -371,6 +376,8 @@ def _read_path(path: Path, findings: Findings, sizes: dict, early, **dicom) -> "
         findings.warn(VolumeFault.MISLABELLED_FILE, f"The content is {kind}, but the suffix says something else.")
     if kind == "dicom":
         return read_dicom(path, findings, **sizes, **dicom)
+    if dicom["series"] is not None:
+        raise ValueError(NO_SERIES)
     if kind == "nifti":
         return read_nifti(path, findings, early=early, **sizes)
     return read_itk(path, kind, findings, **sizes)

@@ -404,3 +404,41 @@ def test_padding_on_the_right_equals_padding_on_the_left():
     real = a.keep_index >= 0
     assert torch.equal(real, b.keep_index >= 0)
     torch.testing.assert_close(a.logits[real], b.logits[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_shared_scan_equals_a_repeated_one(training):
+    """Four places, two volumes: rows 0 and 2 show the first, row 1 shows both, in the other order."""
+    a, b = (2, 6, 4), (3, 4, 6)
+    grids = [[a], [b, a], [a]]
+    questions = [(20, 21, 22), (40, 41), (50, 51, 52, 53)]
+    rows = [
+        (*prompt(q, g, answer), g) for q, g, answer in zip(questions, grids, [(30,), (31, 32), (33,)], strict=True)
+    ]
+    repeated = collate(rows)
+    first, second = torch.randn(48, 14**3), torch.randn(72, 14**3)
+    repeated["pixel_values_videos"] = torch.cat([first, second, first, first])
+    shared = repeated | {
+        "pixel_values_videos": torch.cat([first, second]),
+        "volume_index": torch.tensor([0, 1, 0, 0]),
+    }
+    model = tiny_model().train(training)
+    model.set_scheduler_phase("hard")
+    losses, gradients = [], []
+    for inputs in (repeated, shared):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.model.visual.patch_embed.proj.weight.grad.clone())
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    model.eval()
+    for inputs in (repeated, shared):
+        inputs.pop("labels")
+    for how in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}):
+        one, other = (greedy(model, inputs, **how).sequences for inputs in (repeated, shared))
+        assert torch.equal(one, other)
+    for index in ([0, 1, 0], [0, 2, 0, 0], [1, 1, 0, 0]):
+        with pytest.raises(ValueError, match="volume_index"):
+            model(**(shared | {"volume_index": torch.tensor(index)}))

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -762,3 +763,28 @@ def test_fifty_damages_of_a_file(suffix, tmp_path):
         # a checksum guards every byte of a gzip file; of the others, voxels may be damaged but not their number
         outcomes.append(survives(tmp_path / f"bad{suffix}", array, allowed=0.0 if suffix == ".nii.gz" else 1.0))
     assert set(outcomes) <= {"refused", "read"} and outcomes.count("refused") > 10, outcomes
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
+def test_a_hundred_damages_of_a_real_file(suffix, tmp_path):
+    source = DATA / "example_ct_sm.nii.gz"
+    if not source.exists():
+        pytest.skip("example_ct_sm.nii.gz is not in the folder of test data (PHOTON_TEST_DATA)")
+    data = source.read_bytes() if suffix == ".nii.gz" else gzip.decompress(source.read_bytes())
+    good, dice, path = read_volume(source), random.Random(30 + len(suffix)), tmp_path / f"bad{suffix}"
+    array, outcomes = sitk.GetArrayFromImage(good), []
+    grid = {"size": (31, 28, 27), "spacing": (5.0, 11.0, 12.0), "modality": "ct"}
+    seen = volume.read_on_grid(source, **grid)[0]
+    for number in range(100):
+        path.write_bytes(damage(data[:600], dice) + data[600:] if number % 2 else damage(data, dice))
+        outcome = survives(path, array, allowed=0.0 if suffix == ".nii.gz" else 1.0)
+        if outcome == "read" and suffix == ".nii.gz":  # the checksum guards header and voxels
+            image = read_volume(path)
+            assert volume.Geometry.of(image) == volume.Geometry.of(good)
+            assert np.array_equal(volume.read_on_grid(path, **grid)[0], seen)
+        elif outcome == "refused" and suffix == ".nii.gz":
+            with pytest.raises(VolumeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                volume.read_on_grid(path, **grid)
+        outcomes.append(outcome)
+    assert set(outcomes) <= {"refused", "read"} and outcomes.count("refused") > 30, Counter(outcomes)

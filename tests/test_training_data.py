@@ -386,6 +386,21 @@ def test_questions_on_one_scan_come_together():
     assert orders[0] != orders[1] and orders[1] == list(sampler)
 
 
+def test_a_scan_is_given_once_a_batch(processor, tmp_path):
+    for name in ("a", "b"):
+        write_scan(tmp_path / f"{name}.nii.gz", seed=ord(name))
+    records = [
+        {"volumes": [f"{name}.nii.gz" for name in names], "messages": ask("What?", len(names)) + say("left")}
+        for names in ("a", "ba", "a")
+    ]
+    rows = load_rows(write_rows(tmp_path / "rows.jsonl", records))
+    batch = Collator(processor, 1000)(list(rows))
+    assert batch["volume_index"].tolist() == [0, 1, 0, 0] and batch["video_grid_thw"].shape == (4, 3)
+    one, two = (Collator(processor, 1000)([rows[i]])["pixel_values_videos"] for i in (0, 1))
+    scan_b, again = two.chunk(2)
+    assert torch.equal(batch["pixel_values_videos"], torch.cat([one, scan_b])) and torch.equal(again, one)
+
+
 # === Token labels ====================================================================================================
 
 
