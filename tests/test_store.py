@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -63,6 +66,28 @@ def test_content_and_settings_make_the_key(processor, scan, tmp_path):
     assert len(entries(folder)) == 4
     processor([image], cache_dir=folder)  # objects in memory are not kept
     assert len(entries(folder)) == 4
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    store_class = photon_class("store_photon.VolumeStore")
+    module, opened = sys.modules[store_class.__module__], []
+    path, store = tmp_path / "scan.nii.gz", store_class(tmp_path / "store", {})
+    monkeypatch.setattr(module, "open", lambda *a: opened.append(a) or open(*a), raising=False)
+
+    def key(content, age):
+        """Of a file of the same name and size that was changed `age` seconds ago; asked for twice."""
+        path.write_bytes(content)
+        os.utime(path, (time.time() - age,) * 2)
+        first, second = store.key(path, {}), store.key(path, {})
+        assert first == second
+        return first
+
+    keys = [key(b"first", age=500)]
+    assert len(opened) == 1
+    keys.append(key(b"other", age=400))
+    assert len(opened) == 2
+    keys.append(key(b"third", age=0))  # just changed: it may change again within one tick, and is looked at each time
+    assert len(opened) == 4 and len(set(keys)) == 3
 
 
 def test_a_header_with_its_voxels_beside_it(processor, scan, tmp_path):
