@@ -4,14 +4,16 @@ Every reader here returns a scalar 3D SimpleITK image in its LPS world, mm, with
 the file before memory is taken, so that a header which lies costs nothing.
 """
 
+import contextlib
 import gzip
 import logging
 import math
 import re
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, Queue
 
 import numpy as np
 
@@ -42,6 +44,7 @@ SITK_TYPES = {
     "f4": "sitkFloat32",
 }  # fmt: skip
 CHUNK = 1 << 20  # bytes
+AHEAD = 48  # chunks that may be inflated and not yet used
 MORE_THAN_SAID = "The file holds more slices than its header says: part of the scan would be lost. Repair the header."
 MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's xyzt_units & 7: metre, millimetre, micrometre
 NRRD_SPACES = {"left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las"}
@@ -306,13 +309,19 @@ def _nifti_voxels(stream, header, file_size, packed, frame, max_voxels, findings
     slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
     place, slices = RAS_TO_LPS @ affine, None
     in_place = dtype.isnative and dtype.str[1:] in SITK_TYPES and (slope, intercept) == (1.0, 0.0)
-    if in_place:
-        image, array = blank_image(shape[:3], getattr(sitk, SITK_TYPES[dtype.str[1:]]))
-        to_image(image, place)
-        slices = early(image) if early is not None else None
-    else:
-        array = np.empty(shape[2::-1], dtype)
-    _fill(stream, memoryview(array).cast("B"), one // shape[2], slices)
+    with _chunks_ahead(stream, one) as chunks:
+        if in_place:
+            image, array = blank_image(shape[:3], getattr(sitk, SITK_TYPES[dtype.str[1:]]))
+            to_image(image, place)
+            slices = early(image) if early is not None else None
+        else:
+            array = np.empty(shape[2::-1], dtype)
+        voxels, done = array.reshape(-1).view(np.uint8), 0
+        for chunk in chunks:
+            voxels[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            done += len(chunk)
+            if slices is not None:
+                slices(done * shape[2] // one)
     _check_rest(stream, (frames - 1 - index) * one, one // shape[2], findings)
     return image if in_place else to_image(rescale(as_scalar(array), slope, intercept), place)
 
@@ -324,30 +333,37 @@ def _skip(stream, offset: int) -> None:
         raise damaged("it ends before its voxels")
 
 
-def _fill(stream, view: memoryview, slice_bytes: int, slices) -> None:
-    """The voxels, in a thread of their own, while this one calls `slices(number there)`.
+@contextlib.contextmanager
+def _chunks_ahead(stream, total: int):
+    """Iterates over the next `total` bytes of a stream, inflated by another thread while this one does other things.
 
-    Not the other way round: ISA-L leaves the upper halves of the vector registers set in the thread where it ran, and
-    SSE code such as ITK's interpolation then takes twice as long there, and in threads that are started from there.
+    Not in this thread also because ISA-L leaves the upper halves of the vector registers set in the thread where it
+    ran, and SSE code such as ITK's interpolation then takes twice as long there, and in threads started from there.
     """
-    there = SimpleQueue()
+    chunks, stop = Queue(AHEAD), threading.Event()
+
+    def read() -> None:
+        done = 0
+        try:
+            while done < total and not stop.is_set():
+                chunk = stream.read(min(CHUNK, total - done))
+                if not chunk:
+                    raise damaged(f"it ends after {done} of {total} bytes of voxels")
+                done += len(chunk)
+                chunks.put(chunk)
+        finally:
+            chunks.put(None)
+
     with ThreadPoolExecutor(max_workers=1) as pool:
-        reading = pool.submit(_read_voxels, stream, view, there)
-        reading.add_done_callback(lambda _: there.put(None))
-        for done in iter(there.get, None):
-            if slices is not None:
-                slices(done // slice_bytes)
-        reading.result()
-
-
-def _read_voxels(stream, view: memoryview, there: SimpleQueue) -> None:
-    done = 0
-    while done < len(view):
-        got = stream.readinto(view[done : done + CHUNK])
-        if not got:
-            raise damaged(f"it ends after {done} of {len(view)} bytes of voxels")
-        done += got
-        there.put(done)
+        reading = pool.submit(read)
+        try:
+            yield iter(chunks.get, None)
+            reading.result()
+        finally:
+            stop.set()
+            while not reading.done():  # it may wait for room in the queue
+                with contextlib.suppress(Empty):
+                    chunks.get(timeout=0.01)
 
 
 def _check_rest(stream, others: int, slice_bytes: int, findings: Findings) -> None:

@@ -121,7 +121,7 @@ def test_deeptumorvqa_choices(package, questions, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "deeptumorvqa.evaluate", *command(questions, tmp_path / "o", "--input", "3d_volume")],
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{package}", "OMP_NUM_THREADS": "1"},
-        cwd=package, capture_output=True, text=True, timeout=200,
+        cwd=package, capture_output=True, encoding="utf-8", errors="replace", timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "o").read_text())
