@@ -29,7 +29,6 @@ from .files_photon import (
     INFLATE_ERRORS,
     RAS_TO_LPS,
     SUFFIXES,
-    as_scalar,
     check_shape,
     choose_frame,
     damaged,
@@ -37,11 +36,18 @@ from .files_photon import (
     nifti_unit,
     read_itk,
     read_nifti,
-    rescale,
     sniff,
+)
+from .grid_photon import (
+    Geometry,
+    LinearInterpolation,
+    as_scalar,
+    interpolate_linear,
+    model_grid,
+    resample,
+    rescale,
     to_image,
 )
-from .grid_photon import Geometry, LinearInterpolation, interpolate_linear, model_grid, resample
 
 try:
     import SimpleITK as sitk

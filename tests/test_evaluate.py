@@ -363,7 +363,8 @@ def test_two_ranks_equal_one(data, talker, reference, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          *command(data, talker, tmp_path / "run")],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", start_new_session=True,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         out, error = process.communicate(timeout=200)
