@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .faults_photon import Findings, VolumeError, VolumeFault
-from .files_photon import check_shape, damaged
-from .grid_photon import rescale, to_image
+from .files_photon import check_shape, damaged, rescale, to_image
 from .stack_photon import PHASE_TAGS, Slice, interpolate, one_phase, place_stack
 
 try:

@@ -18,7 +18,7 @@ from queue import Empty, Queue
 import numpy as np
 
 from .faults_photon import Findings, VolumeError, VolumeFault
-from .grid_photon import as_scalar, blank_image, rescale, to_image
+from .grid_photon import blank_image
 
 try:
     import nibabel as nib
@@ -88,6 +88,23 @@ def count(shape) -> int:
     return math.prod(int(n) for n in shape)
 
 
+def to_image(array, affine: np.ndarray) -> "sitk.Image":
+    """Image of an array in (z, y, x), or the image given, with a 4 x 4 affine from voxel (x, y, z) to LPS mm."""
+    axes = np.asarray(affine, dtype=np.float64)[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(affine).all() or spacing.min() < 1e-6 or abs(np.linalg.det(axes / spacing)) < 1e-3:
+        raise VolumeError(
+            VolumeFault.DEGENERATE_AFFINE,
+            "The affine is not finite, or its axes lie in a plane: it places no voxel. Repair the header.",
+        )
+    axes = np.where(np.abs(axes) < 1e-12 * spacing, 0.0, axes)  # ITK's SVD does not converge on denormal numbers
+    image = array if isinstance(array, sitk.Image) else sitk.GetImageFromArray(as_scalar(array))
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((axes / spacing).ravel().tolist())
+    image.SetOrigin(np.asarray(affine, dtype=np.float64)[:3, 3].tolist())
+    return image
+
+
 def check_shape(shape, max_voxels: int) -> None:
     """Refuses planes, absurd sizes and scans beyond `max_voxels`; `shape` is (x, y, z) or (x, y, z, frames)."""
     if len(shape) not in (3, 4) or min(shape) < 1:
@@ -123,6 +140,45 @@ def choose_frame(frames: int, frame: int | None, how: str = "the fourth axis") -
     if not 0 <= frame < frames:
         raise VolumeError(VolumeFault.SEVERAL_FRAMES, f"frame={frame} was asked for, but there are {frames} (from 0).")
     return frame
+
+
+def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """slope * array + intercept, in integers where all three are (HU from a scanner are), else float32."""
+    if slope == 1 and intercept == 0:
+        return array
+    out = array.astype(np.float32) if array.dtype.kind == "f" else None
+    if out is None and float(slope).is_integer() and float(intercept).is_integer():
+        ends = [int(slope) * int(v) + int(intercept) for v in (array.min(), array.max())]
+        for dtype in (np.int16, np.int32):
+            if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
+                # overflow on the way is undone by wrapping, since the end result fits
+                scale = np.array([int(slope) % 2**32, int(intercept) % 2**32]).astype(dtype)
+                out = array.astype(dtype)
+                out *= scale[0]
+                out += scale[1]
+                return out
+    out = array.astype(np.float32) if out is None else out
+    out *= np.float32(slope)
+    out += np.float32(intercept)
+    return out
+
+
+def as_scalar(array: np.ndarray) -> np.ndarray:
+    """Native byte order and a type SimpleITK has: integers stay, 64-bit integers shrink if they fit, else float32."""
+    dtype = array.dtype
+    if dtype.kind == "b":
+        return array.astype(np.uint8)
+    if dtype.kind not in "iuf":
+        raise VolumeError(
+            VolumeFault.NOT_SCALAR, f"The voxels are of type {dtype.name}; a scan has one real number a voxel."
+        )
+    if dtype.kind in "iu" and dtype.itemsize == 8:
+        small = array.size and -(2**31) <= int(array.min()) and int(array.max()) < 2**31
+        return array.astype(np.int32 if small else np.float32)
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what overflows becomes inf and is refused as such
+            return array.astype(np.float32, copy=False)
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 # === NIfTI ===========================================================================================================

@@ -1,12 +1,9 @@
-"""Voxel grids in the patient: a scan's, the model's, and one interpolation from the one to the other; and images from
-arrays."""
+"""Voxel grids in the patient: a scan's, the model's, and one interpolation from the one to the other."""
 
 import ctypes
 from dataclasses import dataclass, replace
 
 import numpy as np
-
-from .faults_photon import VolumeError, VolumeFault
 
 try:
     import SimpleITK as sitk
@@ -241,40 +238,6 @@ def _slabs(scan: Geometry, grid: Geometry) -> tuple[int, list[Slab]]:
     return axis, sorted(slabs, key=lambda slab: (slab.last, slab.first))
 
 
-def _rim_transform(scan: Geometry) -> "sitk.AffineTransform":
-    """Draws the grid's points towards the scan's centre by RIM voxels at its faces.
-
-    Grids and scans are centred on each other, so a grid point may lie exactly on the scan's outer face; whether it is
-    inside would then hang on the last bit of the header, and the same scan as DICOM and as NIfTI would differ by
-    a face of air.
-    """
-    shrink = np.diag(1 - 2 * RIM / np.array(scan.size))
-    transform = sitk.AffineTransform(3)
-    transform.SetMatrix((scan.axes @ shrink @ np.linalg.inv(scan.axes)).ravel().tolist())
-    transform.SetCenter(scan.centre.tolist())
-    return transform
-
-
-# === Arrays and images =================================================================================================
-
-
-def to_image(array, affine: np.ndarray) -> "sitk.Image":
-    """Image of an array in (z, y, x), or the image given, with a 4 x 4 affine from voxel (x, y, z) to LPS mm."""
-    axes = np.asarray(affine, dtype=np.float64)[:3, :3]
-    spacing = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(affine).all() or spacing.min() < 1e-6 or abs(np.linalg.det(axes / spacing)) < 1e-3:
-        raise VolumeError(
-            VolumeFault.DEGENERATE_AFFINE,
-            "The affine is not finite, or its axes lie in a plane: it places no voxel. Repair the header.",
-        )
-    axes = np.where(np.abs(axes) < 1e-12 * spacing, 0.0, axes)  # ITK's SVD does not converge on denormal numbers
-    image = array if isinstance(array, sitk.Image) else sitk.GetImageFromArray(as_scalar(array))
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((axes / spacing).ravel().tolist())
-    image.SetOrigin(np.asarray(affine, dtype=np.float64)[:3, 3].tolist())
-    return image
-
-
 def blank_image(shape, pixel_id: int):
     """(new image of (x, y, z) voxels, its memory as a writable array in (z, y, x)); hold the one as long as the other.
 
@@ -287,40 +250,15 @@ def blank_image(shape, pixel_id: int):
     return image, np.frombuffer(memory, view.dtype).reshape(view.shape)
 
 
-def rescale(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """slope * array + intercept, in integers where all three are (HU from a scanner are), else float32."""
-    if slope == 1 and intercept == 0:
-        return array
-    out = array.astype(np.float32) if array.dtype.kind == "f" else None
-    if out is None and float(slope).is_integer() and float(intercept).is_integer():
-        ends = [int(slope) * int(v) + int(intercept) for v in (array.min(), array.max())]
-        for dtype in (np.int16, np.int32):
-            if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
-                # overflow on the way is undone by wrapping, since the end result fits
-                scale = np.array([int(slope) % 2**32, int(intercept) % 2**32]).astype(dtype)
-                out = array.astype(dtype)
-                out *= scale[0]
-                out += scale[1]
-                return out
-    out = array.astype(np.float32) if out is None else out
-    out *= np.float32(slope)
-    out += np.float32(intercept)
-    return out
+def _rim_transform(scan: Geometry) -> "sitk.AffineTransform":
+    """Draws the grid's points towards the scan's centre by RIM voxels at its faces.
 
-
-def as_scalar(array: np.ndarray) -> np.ndarray:
-    """Native byte order and a type SimpleITK has: integers stay, 64-bit integers shrink if they fit, else float32."""
-    dtype = array.dtype
-    if dtype.kind == "b":
-        return array.astype(np.uint8)
-    if dtype.kind not in "iuf":
-        raise VolumeError(
-            VolumeFault.NOT_SCALAR, f"The voxels are of type {dtype.name}; a scan has one real number a voxel."
-        )
-    if dtype.kind in "iu" and dtype.itemsize == 8:
-        small = array.size and -(2**31) <= int(array.min()) and int(array.max()) < 2**31
-        return array.astype(np.int32 if small else np.float32)
-    if dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what overflows becomes inf and is refused as such
-            return array.astype(np.float32, copy=False)
-    return array.astype(dtype.newbyteorder("="), copy=False)
+    Grids and scans are centred on each other, so a grid point may lie exactly on the scan's outer face; whether it is
+    inside would then hang on the last bit of the header, and the same scan as DICOM and as NIfTI would differ by
+    a face of air.
+    """
+    shrink = np.diag(1 - 2 * RIM / np.array(scan.size))
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix((scan.axes @ shrink @ np.linalg.inv(scan.axes)).ravel().tolist())
+    transform.SetCenter(scan.centre.tolist())
+    return transform

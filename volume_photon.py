@@ -29,6 +29,7 @@ from .files_photon import (
     INFLATE_ERRORS,
     RAS_TO_LPS,
     SUFFIXES,
+    as_scalar,
     check_shape,
     choose_frame,
     damaged,
@@ -36,18 +37,11 @@ from .files_photon import (
     nifti_unit,
     read_itk,
     read_nifti,
-    sniff,
-)
-from .grid_photon import (
-    Geometry,
-    LinearInterpolation,
-    as_scalar,
-    interpolate_linear,
-    model_grid,
-    resample,
     rescale,
+    sniff,
     to_image,
 )
+from .grid_photon import Geometry, LinearInterpolation, interpolate_linear, model_grid, resample
 
 try:
     import SimpleITK as sitk
