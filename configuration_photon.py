@@ -41,6 +41,9 @@ class PhotonConfig(Qwen2_5_VLConfig):
         evict_early_layers (`bool`, defaults to `False`):
             Whether deleted tokens also leave the caches of layers 0..`scheduler_layer`. The release does so, which
             makes decoding differ from training; a conversation then answers from the kept tokens alone.
+        use_scheduler (`bool`, defaults to `True`):
+            Whether calls that do not say it themselves delete tokens. `False` in a model that was trained without:
+            its threshold has learned nothing.
         threshold_max, threshold_bias_init (`float`):
             The threshold is `threshold_max * sigmoid(MLP(statistics))`; the MLP's last bias starts at
             `threshold_bias_init`, so that nearly everything is kept at first.
@@ -84,6 +87,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     scheduler_layer: int | None = None
     saliency: str = "logits"
     evict_early_layers: bool = False
+    use_scheduler: bool = True
     threshold_max: float | int = 0.9
     threshold_bias_init: float | int = -5.0
     threshold_hidden_divisor: int = 8

@@ -36,6 +36,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedC
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ask import HUB_ID, say, shipped, usable
+from controls import CONTROLS, ControlScheduler
 from datasets_photon import BENCHMARKS, load_benchmark, missing_report
 from scoring import compare, read_predictions, score, swapped, table
 
@@ -364,6 +365,7 @@ def identity(args, rows, device):
         "question_digest": seen.hexdigest(),
         "swap_scans": args.swap_scans,
         **{name: getattr(args, name) for name in names},
+        **({"seed": args.seed} if args.scheduler == "random" else {}),
         "slices": args.slices,
         "window": list(args.window),
         "cached_scans": args.cache_dir is not None,
@@ -513,7 +515,7 @@ def questions(args):
 def answer_groups(args, device, groups, done, rank):
     """Answer a rank's groups. Returns {id: line}, each of which is already in the rank's file."""
     scheduling = {"token_budget": args.token_budget, "keep_ratio": args.keep_ratio}
-    scheduling |= {"use_scheduler": False if args.scheduler == "off" else None}
+    scheduling |= {"use_scheduler": {"on": None, "off": False}.get(args.scheduler, True)}
     names = ("revision", "trust_remote_code", "dtype", "modality", "max_new_tokens", "cache_dir", "slices", "window")
     model = load_model(
         args.model,
@@ -521,6 +523,11 @@ def answer_groups(args, device, groups, done, rank):
         scheduling={name: value for name, value in scheduling.items() if value is not None},
         **{name: getattr(args, name) for name in names},
     )
+    if args.scheduler in CONTROLS:
+        if not isinstance(model, VolumeModel):
+            raise RunError(f"--scheduler {args.scheduler}: only Photon has a scheduler; leave it out.")
+        decoder = model.model.model.language_model
+        decoder.scheduler = ControlScheduler(decoder.scheduler, args.scheduler, args.seed)
     by_letter = args.choices == "logprob"
     scans, fresh = Scans(model, list(groups), args.read_ahead), {}
     total = sum(row["id"] not in done for rows in groups.values() for row in rows)
@@ -609,7 +616,8 @@ def parse(argv=None):
     group.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer")
     group.add_argument("--choices", choices=["generate", "logprob"], default="generate",
                        help="multiple choice: write an answer, or take the likeliest letter")  # fmt: skip
-    group.add_argument("--scheduler", choices=["on", "off"], default="on", help="off keeps all visual tokens")
+    group.add_argument("--scheduler", choices=["on", "off", *CONTROLS], default="on",
+                       help="on: as the model was trained; off keeps all visual tokens; random and flipped keep others, as many as the scheduler")
     group.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient visual tokens")
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
     group = parser.add_argument_group("scans")
@@ -653,6 +661,8 @@ def wrong_arguments(args):
         return "A run needs --output, the folder for its predictions."
     if args.swap_scans and not args.model:
         return "--swap-scans is for a run; predictions of swapped scans are scored as they are."
+    if args.scheduler in CONTROLS and (args.token_budget, args.keep_ratio) != (None, None):
+        return f"--scheduler {args.scheduler} keeps as many tokens as the scheduler would; give no other number."
     if sum((args.scheduler == "off", args.token_budget is not None, args.keep_ratio is not None)) > 1:
         return "--scheduler off, --token-budget and --keep-ratio exclude each other."
     if args.token_budget is not None and args.token_budget < 0:

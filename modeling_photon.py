@@ -178,7 +178,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         question_mask: torch.BoolTensor | None = None,
         token_budget: int | None = None,
         keep_ratio: float | None = None,
-        use_scheduler: bool = True,
+        use_scheduler: bool | None = None,
         flip: torch.BoolTensor | None = None,
         row_weight: torch.FloatTensor | None = None,
         **kwargs,
@@ -190,13 +190,16 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             visual_mask, question_mask (B, S) bool: found in input_ids by themselves; needed with inputs_embeds.
             token_budget: keep exactly so many of each row's visual tokens, the most salient.
             keep_ratio: the same as a share of each row's visual tokens.
-            use_scheduler: False answers from all visual tokens.
+            use_scheduler: False answers from all visual tokens; default `config.use_scheduler`, or True with a budget.
             flip (B,) bool: rows that keep what they would drop.
             row_weight (B,): each row's share of the loss, for the surrogate gradient.
         Raises: `ValueError` where masks, marks and volumes do not fit together; it says which row.
         """
         _refuse_static(attention_mask, past_key_values)
-        if not use_scheduler and (token_budget is not None or keep_ratio is not None):
+        budget = token_budget is not None or keep_ratio is not None
+        if use_scheduler is None:
+            use_scheduler = self.config.use_scheduler or budget
+        if not use_scheduler and budget:
             raise ValueError("use_scheduler=False keeps all tokens; drop it, or token_budget and keep_ratio.")
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
         if visual_mask is not None or input_ids is None:
@@ -373,7 +376,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         question_mask: torch.BoolTensor | None = None,
         token_budget: int | None = None,
         keep_ratio: float | None = None,
-        use_scheduler: bool = True,
+        use_scheduler: bool | None = None,
         objective: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,

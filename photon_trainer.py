@@ -124,7 +124,7 @@ class PhotonTrainer(Trainer):
         if self.args.questions_together == 1:
             return super()._get_train_sampler(rows)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ScanSampler(rows, self.args.questions_together, seed)
+        return ScanSampler(rows, self.args.questions_together, self.args.per_device_train_batch_size, seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -133,11 +133,10 @@ class PhotonTrainer(Trainer):
         kinds = ["answer"] * len(examples)
         if self.logged_step is None:
             self.logged_step = self.state.global_step
+        inputs["use_scheduler"] = self.stage == "tune"
         if self.stage == "tune":
             kinds, whole = self.set_objectives(model, inputs, volume_count, examples)
             targets = None if targets is None else [targets[volume] for volume in whole]
-        else:
-            inputs["use_scheduler"] = False
         # Gradients are averaged over ranks, but each rank's loss is a share of the whole. The parent makes up for that
         # by scaling the loss; here the model must know, since the surrogate gradient does not follow such a scale.
         ranks = self.accelerator.num_processes

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from convert_photon import PATCH_EMBED, complete
-from photon_trainer import PhotonTrainer, group_of
+from photon_trainer import GROUPS, PhotonTrainer, group_of
 from token_labels import TokenHead, TokenLabels
 from training_data import Collator, check_files, check_rows, load_rows
 
@@ -56,6 +56,9 @@ class ModelArguments:
     stage: str = field(metadata={"help": "align, tune or dense", "choices": STAGES})
     revision: str | None = field(default=None, metadata={"help": "branch of a Hub id"})
     photon: list[str] | None = field(default=None, metadata={"help": "fields of PhotonConfig to set: name=value ..."})
+    parts: list[str] | None = field(
+        default=None, metadata={"help": "train these alone: vision, aligner, decoder, scheduler; default the stage's"}
+    )
     dtype: str | None = field(
         default=None,
         metadata={"help": "weights that do not train; default bfloat16 with --bf16 and --lora or align, else float32"},
@@ -143,6 +146,18 @@ def parse(argv):
     faults = {
         "--lora trains adapters; --stage align trains the patch embedding alone. Choose one.": (
             model_args.lora and model_args.stage == "align"
+        ),
+        f"--parts {model_args.parts}: expected some of {', '.join(GROUPS)}.": (
+            model_args.parts is not None and not set(model_args.parts) <= set(GROUPS)
+        ),
+        "--parts narrows --stage dense and tune; align and --lora train what they train. Choose one.": (
+            model_args.parts is not None and (model_args.lora or model_args.stage == "align")
+        ),
+        "--parts scheduler needs --stage tune: the other stages drop nothing.": (
+            "scheduler" in (model_args.parts or ()) and model_args.stage != "tune"
+        ),
+        "--token-labels teaches the vision tower, which --parts leaves out.": (
+            data_args.token_labels and model_args.parts is not None and "vision" not in model_args.parts
         ),
         "--merge-lora needs --lora.": model_args.merge_lora and not model_args.lora,
         "--load-in-4bit needs --lora: weights of 4 bits cannot be trained.": (
@@ -240,6 +255,8 @@ def load_model(model_args, args):
         options["quantization_config"] = four_bit()
     model = AutoModelForImageTextToText.from_pretrained(model_args.model, config=config, **options)
     processor = AutoProcessor.from_pretrained(model_args.model, **names)
+    if model_args.stage != "align":  # answers then come from what the model was trained on
+        model.config.use_scheduler = model_args.stage == "tune"
     model = select_parameters(model, model_args)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -296,6 +313,8 @@ def select_parameters(model, model_args):
     else:
         for name, parameter in model.named_parameters():
             trained = name == PATCH_EMBED if model_args.stage == "align" else scheduled or SCHEDULER_MODULE not in name
+            if model_args.parts is not None:
+                trained = trained and group_of(name) in model_args.parts
             parameter.requires_grad_(trained)
     for parameter in model.parameters():
         if parameter.requires_grad:

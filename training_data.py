@@ -7,7 +7,7 @@ and for `--token-labels` `labels` and `lesions` (label maps beside the scans).
 
 - `load_rows`: rows with one shape, every fault named by file and line before training starts;
 - `check_files`, `check_rows`: scans that are missing; rows that are too long or leave nothing to learn;
-- `ScanSampler`: the order of rows in which questions on one scan come together;
+- `ScanSampler`: the order of rows in which questions on one scan come together, and like rows in a batch;
 - `Collator`: rows to a batch, padded on the left, labels on the assistant's tokens alone.
 Scans stay paths until the collator. Messages name a row by its file and line, never by its scan.
 """
@@ -292,31 +292,40 @@ def reading(volume):
 
 
 class ScanSampler(Sampler):
-    """Rows in random order, but those on one scan up to `together` at a time, so that a batch encodes it once.
+    """Rows in random order, but those on one scan up to `together` at a time, so that a batch encodes it once, and
+    batches of rows with equally many scans, so that a comparison of two does not pad the others to twice their length.
 
-    Args: rows with `volumes`; together; seed, the order follows from it and from the epoch.
+    Args: rows with `volumes`; together; batch, rows of a batch; seed, the order follows from it and from the epoch.
     """
 
-    def __init__(self, rows, together, seed):
-        self.together, self.seed, self.epoch = together, seed, 0
-        self.scans = {}
+    def __init__(self, rows, together, batch, seed):
+        self.together, self.batch, self.seed, self.epoch = together, batch, seed, 0
+        self.kinds = {}  # {number of scans: {scans: [numbers of rows]}}
         for number, volumes in enumerate(rows["volumes"]):
-            self.scans.setdefault(json.dumps(volumes) if volumes else number, []).append(number)
+            scans = self.kinds.setdefault(len(volumes), {})
+            scans.setdefault(json.dumps(volumes) if volumes else number, []).append(number)
 
     def __len__(self):
-        return sum(len(numbers) for numbers in self.scans.values())
+        return sum(len(numbers) for scans in self.kinds.values() for numbers in scans.values())
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __iter__(self):
         chance = random.Random(f"{self.seed},{self.epoch}")
-        groups = []
-        for numbers in self.scans.values():
-            numbers = chance.sample(numbers, len(numbers))
-            groups += [numbers[begin : begin + self.together] for begin in range(0, len(numbers), self.together)]
-        chance.shuffle(groups)
-        return (number for group in groups for number in group)
+        batches, rest = [], []
+        for scans in self.kinds.values():
+            groups = []
+            for numbers in scans.values():
+                numbers = chance.sample(numbers, len(numbers))
+                groups += [numbers[begin : begin + self.together] for begin in range(0, len(numbers), self.together)]
+            chance.shuffle(groups)
+            numbers = [number for group in groups for number in group]
+            whole = len(numbers) - len(numbers) % self.batch
+            batches += [numbers[begin : begin + self.batch] for begin in range(0, whole, self.batch)]
+            rest += numbers[whole:]
+        chance.shuffle(batches)
+        return (number for numbers in [*batches, rest] for number in numbers)
 
 
 class Collator:

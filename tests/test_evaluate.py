@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate_hf  # noqa: E402
 import phantoms  # noqa: E402
+from controls import ControlScheduler  # noqa: E402
 from convert_photon import complete  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -428,6 +429,41 @@ def test_kept_share_follows_the_arguments(capsys, data, talker, tmp_path):
         assert {record["kept"] for record in records.values()} == {share}
     records, printed = run(capsys, data, talker, tmp_path / "dense", "--limit", 3, "--scheduler", "off")
     assert {record["kept"] for record in records.values()} == {None} and "kept" not in printed.out
+
+
+def test_controls_keep_as_many_other_tokens(capsys, data, talker, tmp_path):
+    records = {
+        name: run(
+            capsys, data, talker, tmp_path / name, "--limit", 6, "--choices", "logprob", "--scheduler", name
+        )[0]
+        for name in ("on", "random", "flipped")
+    }
+    kept = {name: [records[name][i].get("kept") for i in records["on"]] for name in records}
+    assert kept["on"] == kept["random"] == kept["flipped"] and set(kept["on"]) - {None, 1.0}
+    answers = {name: [records[name][i].get("choice_logprobs") for i in records["on"]] for name in records}
+    assert answers["on"] != answers["flipped"] != answers["random"] != answers["on"]
+    more = ["--limit", 6, "--choices", "logprob", "--scheduler", "random", "--seed", 1]
+    assert "another run" in refusal(capsys, data, talker, tmp_path / "random", *more)
+    assert "no other number" in refusal(capsys, data, talker, tmp_path / "x", "--scheduler", "random", "--keep-ratio", 1)
+
+
+def test_control_selections(model):
+    scheduler = model.model.model.language_model.scheduler
+    chance = torch.Generator().manual_seed(0)
+    queries, keys, seen = (torch.randn(2, n, m, 8, generator=chance) for n, m in ((4, 5), (2, 5), (2, 13)))
+    visual = torch.arange(13) < torch.tensor([[13], [9]])
+    args = (queries, keys, seen, torch.ones(2, 5, dtype=torch.bool), visual, 8**-0.5, torch.tensor([6, 4]))
+    own, flipped = scheduler(*args), ControlScheduler(scheduler, "flipped")(*args)
+    drawn = [ControlScheduler(scheduler, "random", seed)(*args).keep for seed in (0, 0, 1)]
+    for row, (count, many) in enumerate(((13, 6), (9, 4))):
+        order = own.saliency[row, :count].argsort()
+        assert set(flipped.keep[row].nonzero().flatten().tolist()) == set(order[:many].tolist())
+        for keep in drawn:
+            assert keep[row].sum() == many and not keep[row, count:].any()
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(flipped.threshold, own.threshold)
+    with pytest.raises(ValueError, match="expected one of random, flipped"):
+        ControlScheduler(scheduler, "none")
 
 
 def test_swapped_run_sees_other_scans(capsys, data, talker, tmp_path):

@@ -142,6 +142,7 @@ def assert_equal_logs(found, wanted, rel=1e-4):
 
 @pytest.mark.parametrize("stage, more", [
     ("align", []), ("dense", []), ("tune", HARD + MIXED), ("tune", ["--lora", *HARD]), ("dense", ["--lora"]),
+    ("dense", ["--parts", "vision", "aligner"]), ("tune", ["--parts", "scheduler", "decoder", *HARD]),
 ])  # fmt: skip
 def test_a_step_changes_what_the_stage_names_and_nothing_else(arguments, model, monkeypatch, stage, more):
     before = {}
@@ -166,6 +167,8 @@ def test_a_step_changes_what_the_stage_names_and_nothing_else(arguments, model, 
         assert not any(".lora_" in name and "visual" in name for name in wanted)
     elif stage == "align":
         wanted = {PATCH}
+    elif "--parts" in more:
+        wanted = {name for name in names if (".visual." in name) == (stage == "dense")}
     else:
         wanted = {name for name in names if stage == "tune" or ".scheduler." not in name}
     assert changed == wanted
@@ -403,6 +406,21 @@ def test_merged_adapters_equal_unmerged_ones(arguments, tmp_path, model, inputs)
     assert other.shape != wanted.shape or (other - wanted).abs().max() > 0.1
 
 
+def test_a_model_trained_dense_answers_from_all_tokens_unless_told(arguments, tmp_path, inputs):
+    train_hf.main(arguments("dense", stage="dense", steps=1))
+    train_hf.main(arguments("tune", *HARD, steps=1))
+    dense, tuned = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name / "final", trust_remote_code=True)
+        for name in ("dense", "tune")
+    )
+    assert (dense.config.use_scheduler, tuned.config.use_scheduler) == (False, True)
+    with torch.no_grad():
+        assert dense(**inputs).keep_mask is None and tuned(**inputs).keep_mask is not None
+        assert torch.equal(dense(**inputs).logits, dense(**inputs, use_scheduler=False).logits)
+        assert dense(**inputs, use_scheduler=True).keep_mask is not None
+        assert dense(**inputs, token_budget=3).keep_mask.sum(-1).tolist() == [3, 0, 3]
+
+
 def test_weights_are_saved_in_the_type_that_they_came_in(arguments, tmp_path):
     train_hf.main(arguments("run", "--save-dtype", "bfloat16", stage="align", steps=1))
     final = tmp_path / "run" / "final"
@@ -508,6 +526,10 @@ def test_a_folder_that_holds_another_run_is_refused(arguments, tmp_path, model):
     (["--merge-lora"], "needs --lora"),
     (["--load-in-4bit"], "cannot be trained"),
     (["--lora", "--token-labels"], "which --lora freezes"),
+    (["--parts", "tower"], "expected some of decoder, vision, aligner, scheduler"),
+    (["--parts", "vision", "--lora"], "narrows --stage dense and tune"),
+    (["--parts", "scheduler", "--stage", "dense"], "needs --stage tune"),
+    (["--parts", "decoder", "--token-labels"], "which --parts leaves out"),
     (["--eval-strategy", "steps", "--eval-steps", "1"], "needs --eval-data"),
     (["--lora", "--push-to-hub"], "no use on the Hub"),
     (["--fp16"], "Use --bf16"),

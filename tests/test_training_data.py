@@ -374,7 +374,7 @@ def test_a_spoilt_row_gets_a_scan_of_its_own():
 def test_questions_on_one_scan_come_together():
     names = [["a"], ["b"], ["a"], ["a", "b"], [], ["a"], ["b"], ["a"], []]
     rows = {"volumes": [[{"path": name} for name in row] for row in names]}
-    sampler, orders = ScanSampler(rows, 3, seed=5), []
+    sampler, orders = ScanSampler(rows, 3, batch=9, seed=5), []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         order = list(sampler)
@@ -384,6 +384,16 @@ def test_questions_on_one_scan_come_together():
         assert abs(order.index(1) - order.index(6)) == 1
         orders.append(order)
     assert orders[0] != orders[1] and orders[1] == list(sampler)
+
+
+def test_a_batch_has_rows_with_equally_many_scans():
+    rows = {"volumes": [[{"path": f"{n % 7}{k}"} for k in range(n % 3)] for n in range(50)]}
+    order = list(ScanSampler(rows, 2, batch=4, seed=1))
+    assert sorted(order) == list(range(50))
+    counts = [[len(rows["volumes"][n]) for n in order[i : i + 4]] for i in range(0, 50, 4)]
+    whole = sum(sum(n % 3 == kind for n in range(50)) // 4 for kind in range(3))
+    assert whole == 12 and all(len(set(batch)) == 1 for batch in counts[:whole])
+    assert [batch[0] for batch in counts[:whole]] != sorted(batch[0] for batch in counts[:whole])
 
 
 def test_a_scan_is_given_once_a_batch(processor, tmp_path):
