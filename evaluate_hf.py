@@ -616,8 +616,12 @@ def parse(argv=None):
     group.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer")
     group.add_argument("--choices", choices=["generate", "logprob"], default="generate",
                        help="multiple choice: write an answer, or take the likeliest letter")  # fmt: skip
-    group.add_argument("--scheduler", choices=["on", "off", *CONTROLS], default="on",
-                       help="on: as the model was trained; off keeps all visual tokens; random and flipped keep others, as many as the scheduler")
+    group.add_argument(
+        "--scheduler",
+        choices=["on", "off", *CONTROLS],
+        default="on",
+        help="on: as the model was trained; off keeps all visual tokens; random, flipped: others, as many",
+    )
     group.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient visual tokens")
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
     group = parser.add_argument_group("scans")

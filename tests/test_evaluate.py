@@ -433,9 +433,7 @@ def test_kept_share_follows_the_arguments(capsys, data, talker, tmp_path):
 
 def test_controls_keep_as_many_other_tokens(capsys, data, talker, tmp_path):
     records = {
-        name: run(
-            capsys, data, talker, tmp_path / name, "--limit", 6, "--choices", "logprob", "--scheduler", name
-        )[0]
+        name: run(capsys, data, talker, tmp_path / name, "--limit", 6, "--choices", "logprob", "--scheduler", name)[0]
         for name in ("on", "random", "flipped")
     }
     kept = {name: [records[name][i].get("kept") for i in records["on"]] for name in records}
@@ -444,7 +442,9 @@ def test_controls_keep_as_many_other_tokens(capsys, data, talker, tmp_path):
     assert answers["on"] != answers["flipped"] != answers["random"] != answers["on"]
     more = ["--limit", 6, "--choices", "logprob", "--scheduler", "random", "--seed", 1]
     assert "another run" in refusal(capsys, data, talker, tmp_path / "random", *more)
-    assert "no other number" in refusal(capsys, data, talker, tmp_path / "x", "--scheduler", "random", "--keep-ratio", 1)
+    assert "no other number" in refusal(
+        capsys, data, talker, tmp_path / "x", "--scheduler", "random", "--keep-ratio", 1
+    )
 
 
 def test_control_selections(model):
