@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from convert_photon import photon_class
+from packing import pack_questions
 from perturbations import draw_rows, perturb_rows, stream
 from training_data import ScanSampler
 
@@ -141,7 +142,10 @@ class PhotonTrainer(Trainer):
         # by scaling the loss; here the model must know, since the surrogate gradient does not follow such a scale.
         ranks = self.accelerator.num_processes
         items = None if num_items_in_batch is None else num_items_in_batch / ranks
-        outputs = model(**inputs, num_items_in_batch=items)
+        given = inputs
+        if self.args.pack_questions:
+            given = self.packed(model, inputs, volume_count)
+        outputs = model(**given, num_items_in_batch=items)
         loss, token_loss = outputs["loss"], self.token_loss(inputs, volume_count, targets, items)
         if token_loss is not None:
             loss = loss + self.token_weight * token_loss
@@ -177,6 +181,15 @@ class PhotonTrainer(Trainer):
                 self.full,
             )
         return kinds, whole
+
+    def packed(self, model, inputs, volume_count):
+        """A batch whose questions on one scan stand in one row."""
+        photon = self.accelerator.unwrap_model(model)
+        if hasattr(photon, "get_base_model"):  # within adapters
+            photon = photon.get_base_model()
+        positions, _ = photon.model.get_rope_index(**inputs)
+        rows = {"volume_count": torch.tensor(volume_count), **inputs}
+        return inputs | pack_questions(rows, positions, photon.config.vision_end_token_id)
 
     def token_loss(self, inputs, volume_count, targets, num_items):
         """The token head's loss on each scan, weighted by the answer tokens of the rows that show it, as every other

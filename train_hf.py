@@ -47,6 +47,7 @@ RUN_FIELDS = (
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16",
     "fp16", "soft_start", "hard_start", "flip_start", "train_sampling_strategy", "questions_together",
+    "pack_questions",
 )  # fmt: skip
 
 
@@ -100,6 +101,9 @@ class PhotonTrainingArguments(TrainingArguments):
     flip_start: float | None = field(default=None, metadata={"help": "first step with flipped rows; likewise"})
     questions_together: int = field(
         default=1, metadata={"help": "so many questions on one scan follow one another; a batch encodes it once"}
+    )
+    pack_questions: bool = field(
+        default=False, metadata={"help": "questions of a batch on one scan share its row; --stage dense alone"}
     )
     vision_learning_rate: float | None = field(default=None, metadata={"help": "default learning_rate"})
     aligner_learning_rate: float | None = field(
@@ -158,6 +162,12 @@ def parse(argv):
         ),
         "--token-labels teaches the vision tower, which --parts leaves out.": (
             data_args.token_labels and model_args.parts is not None and "vision" not in model_args.parts
+        ),
+        "--pack-questions needs --stage dense: each question deletes tokens of its own.": (
+            args.pack_questions and model_args.stage != "dense"
+        ),
+        "--pack-questions needs the attention sdpa, which takes any mask.": (
+            args.pack_questions and model_args.attn_implementation not in (None, "sdpa")
         ),
         "--merge-lora needs --lora.": model_args.merge_lora and not model_args.lora,
         "--load-in-4bit needs --lora: weights of 4 bits cannot be trained.": (

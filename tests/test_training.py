@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+import photon_trainer  # noqa: E402
 import train_hf  # noqa: E402
 from convert_photon import build_processor, complete  # noqa: E402
 from photon_trainer import Phases, group_of, score  # noqa: E402
@@ -269,6 +270,40 @@ def launch(command, ranks=2):
         env=env, capture_output=True, encoding="utf-8", errors="replace", timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("more", [[], ["--lora"], ["--gradient-checkpointing"]])
+def test_packed_questions_equal_single_ones(arguments, model, monkeypatch, more):
+    runs, lengths = {}, []
+    pack = photon_trainer.pack_questions
+
+    def watched(batch, *args):
+        packed = pack(batch, *args)
+        lengths.append((batch["input_ids"].shape, packed["input_ids"].shape))
+        return packed
+
+    monkeypatch.setattr(photon_trainer, "pack_questions", watched)
+    options = ["--optim", "sgd", "--per-device-train-batch-size", 8, "--max-grad-norm", 0, *more]
+    for name, packing in (("single", []), ("packed", ["--pack-questions"])):
+        trainer = train_hf.main(arguments(name, *options, *packing, stage="dense"))
+        runs[name] = logged(trainer), {k: v.detach() for k, v in trainer.model.named_parameters()}
+    for (rows, _), (packed, _) in lengths:
+        assert rows == 8 and packed == 7  # two questions on scan 0 alone; texts stand alone
+    assert len(lengths) == 2
+    assert_equal_logs(runs["packed"][0], runs["single"][0])
+    for name, weight in runs["single"][1].items():
+        torch.testing.assert_close(runs["packed"][1][name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_questions_in_front_of_a_scan_cannot_be_packed():
+    batch = {
+        "input_ids": torch.tensor([[5, 9, 8, 7, 6], [0, 4, 9, 8, 3]]), "labels": torch.zeros(2, 5, dtype=torch.long),
+        "attention_mask": torch.tensor([[1] * 5, [0] + [1] * 4]), "volume_count": torch.tensor([1, 1]),
+        "mm_token_type_ids": torch.zeros(2, 5, dtype=torch.long), "volume_index": torch.tensor([0, 0]),
+        "video_grid_thw": torch.ones(2, 3, dtype=torch.long),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="different text in front of them"):
+        photon_trainer.pack_questions(batch, torch.zeros(3, 2, 5, dtype=torch.long), 8)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -526,6 +561,7 @@ def test_a_folder_that_holds_another_run_is_refused(arguments, tmp_path, model):
     (["--merge-lora"], "needs --lora"),
     (["--load-in-4bit"], "cannot be trained"),
     (["--lora", "--token-labels"], "which --lora freezes"),
+    (["--pack-questions"], "needs --stage dense"),
     (["--parts", "tower"], "expected some of decoder, vision, aligner, scheduler"),
     (["--parts", "vision", "--lora"], "narrows --stage dense and tune"),
     (["--parts", "scheduler", "--stage", "dense"], "needs --stage tune"),
