@@ -1,8 +1,8 @@
 """Several questions on one scan in one row, which then passes through the decoder once (`--pack-questions`).
 
 A scan's tokens do not see the question behind them, so they are the same for every question: what is in front of the
-questions is kept once, each question sees it and itself, and stands at the positions that it would have alone. Loss and
-gradients are those of the single rows. A scan of 1,000 tokens with ten questions of 80 makes 1,800 tokens, not 10,800.
+questions is kept once, each question sees it and itself, and stands at the positions that it would have alone. Loss
+and gradients are those of the single rows. A scan of 1,000 tokens with ten questions of 80 makes 1,800 tokens, not 10,800.
 It is exact only while nothing is deleted, since a question keeps tokens of its own: `--stage dense`.
 """
 
@@ -30,8 +30,8 @@ def pack_questions(batch, positions, vision_end):
         groups.setdefault(seen or ("text", texts), []).append(row)
     joined = [_join(batch, positions, rows, vision_end) for rows in groups.values()]
     length = max(len(part["owner"]) for part in joined)
-    packed = {name: torch.stack([_padded(part[name], length, fill) for part in joined])
-              for name, fill in (("input_ids", 0), ("mm_token_type_ids", 0), ("labels", -100), ("owner", -1))}  # fmt: skip
+    fills = {"input_ids": 0, "mm_token_type_ids": 0, "labels": -100, "owner": -1}
+    packed = {name: torch.stack([_padded(part[name], length, fills[name]) for part in joined]) for name in fills}
     owner = packed.pop("owner")  # (G, L): 0 in front of the questions, then the question's number; -1 padding
     earlier = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
     seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
