@@ -2,7 +2,8 @@
 
 A scan's tokens do not see the question behind them, so they are the same for every question: what is in front of the
 questions is kept once, each question sees it and itself, and stands at the positions that it would have alone. Loss
-and gradients are those of the single rows. A scan of 1,000 tokens with ten questions of 80 makes 1,800 tokens, not 10,800.
+and gradients are those of the single rows. A scan of 1,000 tokens and ten questions of 80 make 1,800 tokens, not
+10,800.
 It is exact only while nothing is deleted, since a question keeps tokens of its own: `--stage dense`.
 """
 
