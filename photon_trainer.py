@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from convert_photon import photon_class
+from muon import MuonAdamW, by_muon
 from packing import pack_questions
 from perturbations import draw_rows, perturb_rows, stream
 from training_data import ScanSampler
@@ -250,23 +251,29 @@ class PhotonTrainer(Trainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             decay = set(self.get_decay_parameter_names(model))
-            groups = {}
+            groups, muon_rate = {}, self.args.muon_learning_rate
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    groups.setdefault((GROUPS.index(group_of(name)), name not in decay), []).append(parameter)
+                    muon = muon_rate is not None and by_muon(name, parameter)
+                    groups.setdefault((GROUPS.index(group_of(name)), name not in decay, muon), []).append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             listed = []
-            for (part, plain), parameters in sorted(groups.items()):
-                rate = getattr(self.args, f"{GROUPS[part]}_learning_rate", None)
+            for (part, plain, muon), parameters in sorted(groups.items()):
+                rate = muon_rate if muon else getattr(self.args, f"{GROUPS[part]}_learning_rate", None)
                 listed.append(
                     {
                         "params": parameters,
                         "weight_decay": 0.0 if plain else self.args.weight_decay,
                         "lr": self.args.learning_rate if rate is None else rate,
-                        "name": GROUPS[part],
+                        "name": f"{GROUPS[part]}_muon" if muon else GROUPS[part],
+                        **({} if muon_rate is None else {"muon": muon}),
                     }
                 )
-            self.optimizer = optimizer_class(listed, **options)
+            if muon_rate is not None:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                self.optimizer = MuonAdamW(listed, betas=betas, eps=self.args.adam_epsilon)
+            else:
+                self.optimizer = optimizer_class(listed, **options)
         return self.optimizer
 
     # --- evaluation

@@ -47,7 +47,7 @@ RUN_FIELDS = (
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16",
     "fp16", "soft_start", "hard_start", "flip_start", "train_sampling_strategy", "questions_together",
-    "pack_questions",
+    "pack_questions", "muon_learning_rate",
 )  # fmt: skip
 
 
@@ -79,6 +79,7 @@ class ModelArguments:
 class DataArguments:
     train_data: str = field(metadata={"help": ".jsonl file or Hub id"})
     eval_data: str | None = field(default=None, metadata={"help": ".jsonl file or Hub id"})
+    tasks: list[str] | None = field(default=None, metadata={"help": "train on rows of these tasks alone"})
     train_split: str | None = field(default=None, metadata={"help": "of a Hub id; default train"})
     eval_split: str | None = field(default=None, metadata={"help": "of a Hub id; default train"})
     volume_root: str | None = field(default=None, metadata={"help": "folder of the scans; default the .jsonl's own"})
@@ -110,6 +111,9 @@ class PhotonTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "of the merger; default learning_rate"}
     )
     scheduler_learning_rate: float | None = field(default=None, metadata={"help": "default learning_rate"})
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "train the matrices of the layers by Muon, at this rate"}
+    )
     # our own defaults
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: the collator needs them all"})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every batch uses all"})
@@ -168,6 +172,9 @@ def parse(argv):
         ),
         "--pack-questions needs the attention sdpa, which takes any mask.": (
             args.pack_questions and model_args.attn_implementation not in (None, "sdpa")
+        ),
+        "--muon-learning-rate needs whole matrices of full rank: not with --lora, FSDP or DeepSpeed.": (
+            args.muon_learning_rate is not None and (model_args.lora or bool(args.fsdp) or args.deepspeed is not None)
         ),
         "--merge-lora needs --lora.": model_args.merge_lora and not model_args.lora,
         "--load-in-4bit needs --lora: weights of 4 bits cannot be trained.": (
@@ -408,6 +415,11 @@ def load_data(data_args, args, processor):
         evaluation = load_rows(data_args.eval_data, data_args.eval_split, data_args.volume_root)
         if data_args.eval_rows is not None and data_args.eval_rows < len(evaluation):
             evaluation = evaluation.shuffle(seed=args.seed).select(range(data_args.eval_rows))
+    if data_args.tasks is not None:
+        known = set(train["task"])
+        if unknown := sorted(set(data_args.tasks) - known):
+            raise ValueError(f"--tasks {' '.join(unknown)}: the data has {', '.join(sorted(map(str, known)))}.")
+        train = train.filter(lambda task: task in data_args.tasks, input_columns="task")
     check_files(train, data_args.token_labels)
     train = train.add_column("length", check_rows(train, processor, data_args.max_length))
     if evaluation is not None:

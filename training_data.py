@@ -383,12 +383,41 @@ class Collator:
         return dict(batch)
 
     def _encode(self, rows):
-        return self.processor.apply_chat_template(
-            [conversation(row, self.answers) for row in rows],
+        chats = [conversation(row, self.answers) for row in rows]
+        batch = self.processor.apply_chat_template(
+            chats,
             add_generation_prompt=not self.answers,
             tokenize=True,
             return_dict=True,
-            return_assistant_tokens_mask=self.answers,
             return_tensors="pt",
             processor_kwargs={"padding": True, "cache_dir": self.cache_dir, "share_volumes": True},
         )
+        if self.answers:
+            batch["assistant_masks"] = self._assistant_masks(chats, batch)
+        return batch
+
+    def _assistant_masks(self, chats, batch):
+        """(B, S): the assistant's tokens. From the chats with one mark a scan, since the processor's own mask, made of
+        places in texts with all marks, takes longer than everything else here."""
+        mark = self.processor.video_token_id
+        encoded = self.processor.tokenizer.apply_chat_template(
+            chats,
+            chat_template=self.processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        grids = batch.get("video_grid_thw", torch.zeros(0, 3, dtype=torch.long))
+        tokens = iter((grids.prod(-1) // self.processor.image_processor.merge_size**2).tolist())
+        masks = torch.zeros_like(batch["input_ids"])
+        for row, (ids, mask) in enumerate(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)):
+            ids, mask = torch.tensor(ids), torch.tensor(mask)
+            times = torch.ones_like(ids)
+            times[ids == mark] = torch.tensor(
+                [next(tokens) for _ in range(int((ids == mark).sum()))], dtype=torch.long
+            )
+            real = batch["attention_mask"][row].bool()
+            if not torch.equal(ids.repeat_interleave(times), batch["input_ids"][row][real]):
+                raise RuntimeError("the tokenizer splits a prompt otherwise when a scan has many marks")
+            masks[row, real] = mask.repeat_interleave(times)
+        return masks

@@ -196,6 +196,37 @@ def test_each_part_has_its_own_learning_rate(arguments):
     assert {name: line[f"lr_{name}"] for name in rates} == rates
 
 
+def test_muon_trains_the_matrices_of_the_layers_alone(arguments, model):
+    rates = [
+        "--muon-learning-rate",
+        0.03,
+        "--adam-beta2",
+        0.9,
+        "--lr-scheduler-type",
+        "constant",
+        "--max-grad-norm",
+        0,
+    ]
+    steps = [train_hf.main(arguments(f"run{n}", *rates, stage="dense", steps=n)) for n in (1, 2)]
+    start = {k: v.float() for k, v in load_file(model / "model.safetensors").items()}
+    first, second = (dict(trainer.model.named_parameters()) for trainer in steps)
+    groups = {id(p): g["name"] for g in steps[0].optimizer.param_groups for p in g["params"]}
+    turned = set()
+    for name, weight in first.items():
+        if ".scheduler." in name:
+            continue
+        change = weight.detach() - start[name]
+        if groups[id(weight)].endswith("_muon"):
+            turned.add(name)
+            values = torch.linalg.svdvals(change / (0.03 * 0.2 * max(change.shape) ** 0.5))
+            assert values[0] < 1.4 and values[3] > 0.6, name  # directions alike; AdamW's lie further apart
+        else:  # the first step of AdamW: the sign of the gradient
+            assert change.abs().max() < 1.3e-2, name
+        assert not torch.equal(weight, second[name])
+    layers = [n for n in first if (".layers." in n or ".blocks." in n) and first[n].ndim == 2]
+    assert turned == set(layers) and len(layers) == 3 * 7 + 2 * 5
+
+
 # === Phases, resuming, accumulation ==================================================================================
 
 
@@ -216,7 +247,9 @@ def test_phases_are_steps_or_shares_of_the_run():
         Phases.of(Config, Args, 100)
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora", "--lora-dropout", "0.2"]], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [
+    [], ["--lora", "--lora-dropout", "0.2"], ["--muon-learning-rate", "0.02"],
+], ids=["full", "lora", "muon"])  # fmt: skip
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(arguments, tmp_path, lora):
     """Stopped within the dense, the soft and the hard phase, and after the first flips."""
     more = [*PHASES, *MIXED, *lora, "--save-strategy", "steps", "--save-steps", "1"]
@@ -562,6 +595,7 @@ def test_a_folder_that_holds_another_run_is_refused(arguments, tmp_path, model):
     (["--load-in-4bit"], "cannot be trained"),
     (["--lora", "--token-labels"], "which --lora freezes"),
     (["--pack-questions"], "needs --stage dense"),
+    (["--muon-learning-rate", "0.1", "--lora"], "needs whole matrices"),
     (["--parts", "tower"], "expected some of decoder, vision, aligner, scheduler"),
     (["--parts", "vision", "--lora"], "narrows --stage dense and tune"),
     (["--parts", "scheduler", "--stage", "dense"], "needs --stage tune"),
@@ -584,6 +618,8 @@ def test_faults_of_the_model_and_the_data(arguments, tmp_path, model, data):
         train_hf.main(arguments("run", "--photon", "scheduler_layer=7"))
     with pytest.raises(ValueError, match="cuts the answer away"):
         train_hf.main(arguments("run", "--max-length", "40"))
+    with pytest.raises(ValueError, match="--tasks lesion: the data has scan, text"):
+        train_hf.main(arguments("run", "--tasks", "text", "lesion"))
     with pytest.raises(ValueError, match="remove_unused_columns=True would drop the scans"):
         train_hf.main(arguments("run", "--remove-unused-columns", "true"))
     assert not (tmp_path / "run").exists()
@@ -603,6 +639,11 @@ def test_arguments_from_a_file_and_the_line(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_hf.parse([str(recipe)])
     assert "unknown arguments: learning_rat" in capsys.readouterr().err
+
+
+def test_training_on_some_tasks(arguments, tmp_path):
+    trainer = train_hf.main(arguments("run", "--tasks", "text", stage="dense", steps=1))
+    assert trainer.train_dataset["where"] == ["train.jsonl line 3", "train.jsonl line 8"]
 
 
 def test_four_bits_need_bitsandbytes(monkeypatch):
