@@ -46,6 +46,8 @@ MODALITIES = {"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "SEG",
 CT_MR_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")  # CT and MR storage, classic and Enhanced
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 DICOM_ROOT = b"1.2.840.10008"  # every transfer syntax and object class begins so
+APPLE_DOUBLE = b"\0\5\x16\7"  # what a Mac leaves beside each file on foreign disks, "._" before the same name
+HU_TYPES = ("", "HU", "US", "HU_MOD")  # of RescaleType; US is unspecified: then the values are looked at
 LOSSY = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81"}
 INSTALL = {
     "1.2.840.10008.1.2.4.90": "pip install pylibjpeg pylibjpeg-openjpeg",
@@ -57,7 +59,8 @@ HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
     "Modality", "ImageType", "SeriesNumber", "InstanceNumber", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
     "PhotometricInterpretation", "BitsStored", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
-    "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "SharedFunctionalGroupsSequence",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "LossyImageCompression",
+    "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "EchoTime",
     "DiffusionBValue", "NominalPercentageOfCardiacPhase", "AcquisitionTime",
 ]  # fmt: skip
@@ -117,7 +120,12 @@ def _headers(path: Path, findings: Findings) -> list:
                 VolumeFault.LINK_LEAVES_FOLDER,
                 "The folder holds a link to a file outside it. Copy the slices themselves into the folder.",
             )
-        dataset = _header(file)
+        if file.is_symlink() and not file.exists():
+            raise VolumeError(
+                VolumeFault.NO_SUCH_FILE,
+                "The folder holds a link to a file that is not there: a slice may be missing. Mend or remove it.",
+            )
+        dataset = _header(file) if file.is_file() else None  # opening a pipe would wait for ever
         if dataset is None:
             others += 1
         else:
@@ -139,6 +147,8 @@ def _headers(path: Path, findings: Findings) -> list:
 def _header(file: Path):
     with open(file, "rb") as stream:
         head = stream.read(512)
+    if head[:4] == APPLE_DOUBLE:
+        return None
     bare = head[:2] == b"\x08\0" and head[4:6].isalpha()  # old files have no preamble: group 0008, explicit VR
     if head[128:132] != b"DICM" and not bare:
         if file.suffix.lower() in SUFFIXES or DICOM_ROOT in head:
@@ -257,6 +267,12 @@ def _slices(headers: list, findings: Findings) -> list[Slice]:
         findings.note(VolumeFault.MULTIFRAME, "Enhanced multi-frame: geometry by frame from the functional groups.")
     if len({(s.slope, s.intercept) for s in slices}) > 1:
         findings.note(VolumeFault.SLOPE_VARIES, "Slope and intercept differ between slices; applied slice by slice.")
+    if len({s.unscaled for s in slices}) > 1:
+        raise VolumeError(
+            VolumeFault.INCONSISTENT_SLICES,
+            "Some slices have a slope and an intercept and others lack one, so that one tissue has two numbers. Fetch "
+            "the series again from its source.",
+        )
     if len({s.shape for s in slices}) > 1:
         raise VolumeError(VolumeFault.INCONSISTENT_SLICES, "The slices of the series differ in rows or columns.")
     if max(np.abs(s.spacing - slices[0].spacing).max() for s in slices) > 1e-3 * slices[0].spacing.min():
@@ -299,6 +315,7 @@ def _slice(file: Path, frame: int | None, groups: list, dataset) -> Slice:
                 "the series again from its source.",
             )
     slope, intercept = get("RescaleSlope"), get("RescaleIntercept")
+    _check_scale(dataset, get("RescaleType"), get("ModalityLUTSequence"))
     phases = {}
     for name in PHASE_TAGS:
         value = get(name) if get(name) is not None else dataset.get(name)
@@ -307,8 +324,23 @@ def _slice(file: Path, frame: int | None, groups: list, dataset) -> Slice:
     return Slice(
         file, frame, np.array(position, dtype=float), np.array(orientation, dtype=float), np.array(spacing,
         dtype=float), (int(dataset.Rows), int(dataset.Columns)), 1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept), phases,
+        0.0 if intercept is None else float(intercept), (slope is None, intercept is None), phases,
     )  # fmt: skip
+
+
+def _check_scale(dataset, kind, table) -> None:
+    if table:
+        raise VolumeError(
+            VolumeFault.NOT_HU,
+            "The slices' numbers go through a table (Modality LUT) instead of slope and intercept. Export the series "
+            "with its values applied.",
+        )
+    if dataset.get("Modality") == "CT" and str(kind or "").strip().upper() not in HU_TYPES:
+        raise VolumeError(
+            VolumeFault.NOT_HU,
+            "The CT's numbers are of another kind than HU by its header, such as a concentration or an electron "
+            "density. Give the series in HU.",
+        )
 
 
 # === Voxels ==========================================================================================================
@@ -376,6 +408,8 @@ def _decode(path: Path):
     """(frames, rows, columns) of one file, and the sum of a stored value and its inverse; None if rescaled already."""
     try:
         dataset = pydicom.dcmread(path, force=True)
+        if dataset.preamble is None and "TransferSyntaxUID" not in dataset.file_meta:
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian  # as `_header` saw
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_compressed or get_decoder(syntax).is_available:
             array = pixel_array(dataset, raw=True)

@@ -36,6 +36,7 @@ class Slice:
     shape: tuple[int, int]  # rows, columns
     slope: float
     intercept: float
+    unscaled: tuple[bool, bool]  # whether slope, intercept are missing and stand at 1, 0
     phases: dict
 
 

@@ -321,6 +321,8 @@ def load(
     sizes = {"frame": frame, "max_voxels": max_voxels}
     try:
         if isinstance(source, (str, PathLike)):
+            if not str(source):
+                raise VolumeError(VolumeFault.NO_SUCH_FILE, "The path is empty. Give a file or a folder.")
             image = _read_path(Path(source), findings, sizes, early, series=series, gaps=gaps, monochrome1=monochrome1)
         elif series is not None:
             raise ValueError(NO_SERIES)
@@ -336,9 +338,14 @@ def load(
                 f"{type(source).__name__}; an array alone has no geometry"
             )
         image, values = _check_values(image, findings, fill_nonfinite)
-    except PermissionError:  # its message holds the path
+    except PermissionError:  # its message holds the path, as that of every OSError
         raise VolumeError(
             VolumeFault.NO_SUCH_FILE, "The file or folder may not be opened with this user's rights. Change them."
+        ) from None
+    except OSError as error:
+        raise VolumeError(
+            VolumeFault.NO_SUCH_FILE,
+            f"The file or folder cannot be read ({error.strerror or 'no reason given'}). Check the path and the disk.",
         ) from None
     except MemoryError:
         raise VolumeError(
@@ -356,7 +363,7 @@ def _read_path(path: Path, findings: Findings, sizes: dict, early, **dicom) -> "
     suffix = "".join(s for s in path.suffixes[-2:] if s.lower() in (".gz", ".nii")) or path.suffix
     if path.is_dir():
         return read_dicom(path, findings, **sizes, **dicom)
-    if not path.is_file():
+    if not path.is_file():  # pipes and devices are none: they may have no end
         raise VolumeError(VolumeFault.NO_SUCH_FILE, "There is no such file or folder. Check the path.")
     kind = sniff(path)
     if kind == "numpy":

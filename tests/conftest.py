@@ -4,6 +4,8 @@ Sizes differ on every axis, so that a swapped axis fails. No network, no GPU.
 """
 
 import atexit
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,6 +24,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module  # n
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
+SETTINGS = json.loads((ROOT / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
+TOKENS = math.prod(n // SETTINGS["patch_size"] for n in SETTINGS["grid"]) // 4  # of a scan in the root's model
 FIXTURE = Path(__file__).resolve().parent / "fixtures" / "official_a"
 PAD, IM_START, IM_END, V_START, V_END, IMAGE, VIDEO, USER, ASSISTANT, NEWLINE, FIRST_WORD = range(11)
 VOCABULARY = 96

@@ -1,13 +1,15 @@
 """The command line: what it prints, what it draws, how it fails."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, run_fresh
+from conftest import ROOT, TOKENS, run_fresh
+from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 
@@ -48,7 +50,7 @@ def test_json_and_maps(capsys, scan, tmp_path):
     result = json.loads(out)
     assert set(result) == {"answer", "tokens_kept", "tokens_seen", "threshold", "answer_tokens", "seconds"}
     assert result["threshold"] is None  # a budget leaves it out
-    assert (result["tokens_kept"], result["tokens_seen"]) == (17, 125) and 1 <= result["answer_tokens"] <= 3
+    assert (result["tokens_kept"], result["tokens_seen"]) == (17, TOKENS) and 1 <= result["answer_tokens"] <= 3
     assert set(result["seconds"]) == {"reading", "vision", "prefill", "decode"}
     assert all(value >= 0 for value in result["seconds"].values())
     kept, image = sitk.ReadImage(str(tmp_path / "kept.nii.gz")), sitk.ReadImage(str(scan))
@@ -104,13 +106,13 @@ def test_the_keep_map_is_the_mask_in_the_patient(scan, tmp_path):
 
 def test_dense_keeps_all(capsys, scan):
     out = run(capsys, scan, QUESTION, "--dense", "--max-new-tokens", 2)
-    assert "125 of 125 visual tokens kept" in out and "prefill" in out
+    assert f"{TOKENS} of {TOKENS} visual tokens kept" in out and "prefill" in out
 
 
 def test_two_scans(capsys, scan, tmp_path):
     out = run(capsys, scan, scan, "Has it grown?", "--json", "--keep-ratio", 0.2, "--max-new-tokens", 2, "--keep-map",
               tmp_path / "kept.nii.gz")  # fmt: skip
-    assert json.loads(out)["tokens_kept"] == 50
+    assert json.loads(out)["tokens_kept"] == round(0.2 * 2 * TOKENS)
     assert (tmp_path / "kept.nii.gz").exists() and (tmp_path / "kept_2.nii.gz").exists()
 
 
@@ -121,6 +123,22 @@ def test_inspect(capsys, scan, tmp_path):
     settings = json.loads((ROOT / "processor_config.json").read_text())["image_processor"]
     assert report["model"]["size"] == settings["grid"][::-1]  # of the model at hand, not of another one
     assert report["model"]["spacing"] == settings["spacing"][::-1]
+
+
+def test_inspect_scales_as_the_model_does(capsys, scan, tmp_path):
+    settings = json.loads((ROOT / "processor_config.json").read_text())
+    for name in ("window", "minmax"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in [*ROOT.glob("*_photon.py"), *ROOT.glob("*.json"), *ROOT.glob("*.jinja")]:
+            shutil.copy(file, folder)
+        settings["image_processor"] |= {"scaling": name, "window": [-3000.0, 3000.0]}  # wider than the scan
+        (folder / "processor_config.json").write_text(json.dumps(settings))
+        run(capsys, "--inspect", scan, "--model", folder, "--overlay", folder / "read.png")
+    first, second = (
+        np.asarray(Image.open(tmp_path / name / "read.png").convert("L")) for name in ("window", "minmax")
+    )
+    assert second.std() > 1.5 * first.std()
 
 
 def test_inspect_of_a_refused_scan(capsys, tmp_path):
@@ -177,9 +195,9 @@ def test_what_cannot_be_written(capsys, scan, tmp_path, monkeypatch):
 
 
 def test_a_budget_above_what_there_is(capsys, scan):
-    ask.main([str(scan), QUESTION, "--token-budget", "126", "--max-new-tokens", "1", "--json"])
+    ask.main([str(scan), QUESTION, "--token-budget", str(TOKENS + 1), "--max-new-tokens", "1", "--json"])
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["tokens_kept"] == 125 and "more than there are" in captured.err
+    assert json.loads(captured.out)["tokens_kept"] == TOKENS and "more than there are" in captured.err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -217,7 +235,7 @@ def test_as_a_command(scan):
     code = "import runpy, sys; sys.path.insert(0, ROOT); runpy.run_path(ROOT + '/ask.py', run_name='__main__')"
     code = code.replace("ROOT", repr(str(ROOT)))
     out = run_fresh(code, scan, QUESTION, "--json", "--max-new-tokens", 2)
-    assert json.loads(out)["tokens_seen"] == 125
+    assert json.loads(out)["tokens_seen"] == TOKENS
 
 
 @pytest.mark.parametrize("stored", ["LPS", "RAS", "SAR", "AIL"])

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import SimpleITK as sitk
-from conftest import ROOT, photon_class
+from conftest import ROOT, TOKENS, photon_class
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,7 +36,7 @@ def test_the_quickstart_runs(tmp_path):
         code = block.replace('"."', repr(str(ROOT)))
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr[-2000:]
-    assert "of 125 visual tokens kept" in subprocess.run(
+    assert f"of {TOKENS} visual tokens kept" in subprocess.run(
         [sys.executable, "-c", blocks[0].replace('"."', repr(str(ROOT)))],
         cwd=tmp_path, capture_output=True, encoding="utf-8",
     ).stdout  # fmt: skip

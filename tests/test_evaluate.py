@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT
+from conftest import ROOT, TOKENS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -424,7 +424,7 @@ def test_a_foreign_line_is_named(capsys, data, talker, tmp_path):
 
 
 def test_kept_share_follows_the_arguments(capsys, data, talker, tmp_path):
-    for number, (more, share) in enumerate([(["--token-budget", 25], 0.2), (["--keep-ratio", 0.4], 0.4)]):
+    for number, (more, share) in enumerate([(["--token-budget", TOKENS // 5], 0.2), (["--keep-ratio", 0.4], 0.4)]):
         records, _ = run(capsys, data, talker, tmp_path / str(number), "--limit", 3, *more)
         assert {record["kept"] for record in records.values()} == {share}
     records, printed = run(capsys, data, talker, tmp_path / "dense", "--limit", 3, "--scheduler", "off")

@@ -157,6 +157,13 @@ DICOM_FAULTS = {
         lambda ds, k: setattr(ds, "PixelData", np.full(SHAPE[1:], 1024, "<u2").tobytes()),
     ),
     "short voxels": (Fault.DAMAGED_FILE, lambda ds, k: setattr(ds, "PixelData", ds.PixelData[:-40])),
+    "an intercept missing": (
+        Fault.INCONSISTENT_SLICES,
+        lambda ds, k: delattr(ds, "RescaleIntercept") if k == 3 else None,
+    ),
+    "table of values": (Fault.NOT_HU, setter(ModalityLUTSequence=[Dataset()])),
+    "electron density": (Fault.NOT_HU, setter(RescaleType="ED")),
+    "12 bits packed": (Fault.DAMAGED_FILE, setter(BitsAllocated=12)),
     "no voxels": (Fault.DAMAGED_FILE, lambda ds, k: delattr(ds, "PixelData") if k == 3 else None),
     "frames without places": (Fault.NO_GEOMETRY, setter(NumberOfFrames=4)),
 }
@@ -271,6 +278,61 @@ def test_monochrome1_is_read_as_told(tmp_path):
     with pytest.warns(VolumeWarning, match="invert"):
         inverted = sitk.GetArrayFromImage(read_volume(folder, monochrome1="invert"))
     np.testing.assert_array_equal(inverted, 4095 - (hu() + 1024) - 1024)
+
+
+def beside(folder: Path, name: str, content: bytes) -> Path:
+    written(folder / name, content)
+    return folder
+
+
+def test_what_lies_beside_the_slices(tmp_path):
+    """A pipe does not make the reader wait, a Mac's notes do not spoil a series, a link to nowhere is told of."""
+    folder = write_series(tmp_path / "pipe")
+    os.mkfifo(folder / "pipe")
+    assert codes(folder) == {Fault.NON_IMAGING_DICOM_FILES}
+    for path in list((folder := write_series(tmp_path / "mac")).iterdir()):
+        beside(folder, f"._{path.name}", b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(4000))
+    with pytest.warns(VolumeWarning, match="8 of 16 files are no DICOM images"):
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read_volume(folder)), hu())
+    folder = write_series(tmp_path / "link")
+    symlink(folder / "link.dcm", Path("nowhere.dcm"))
+    assert codes(folder) == {Fault.NO_SUCH_FILE}
+    assert codes(beside(write_series(tmp_path / "empty"), "empty.dcm", b"")) == {Fault.DAMAGED_FILE}
+
+
+def test_slices_without_preamble_and_file_meta(tmp_path):
+    folder = write_series(tmp_path / "bare")
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[data.index(b"\x08\0\x08\0CS") :])
+    assert codes(folder) == set()
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_volume(folder)), hu())
+
+
+def test_padding_and_pixel_types_keep_their_values(tmp_path):
+    """Signed voxels with padding below air, dirty bits above those stored, 8 and 32 bits."""
+    padded = hu()
+    padded[:, :3, :2] = -2000
+
+    def signed(ds, k):
+        ds.PixelRepresentation, ds.BitsStored, ds.HighBit, ds.RescaleIntercept = 1, 16, 15, 0
+        ds.PixelPaddingValue, ds.PixelData = -2000, padded[k].astype("<i2").tobytes()
+
+    def dirty(ds, k):
+        ds.PixelData = ((hu()[k].astype(int) + 1024) | 0xF000).astype("<u2").tobytes()
+
+    def wide(ds, k):
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 32, 32, 31
+        ds.PixelData = (hu()[k].astype("<i4") + 1024).tobytes()
+
+    for name, edit, expected in (("signed", signed, padded), ("dirty", dirty, hu()), ("wide", wide, hu())):
+        folder = write_series(tmp_path / name, edit)
+        assert codes(folder) == set(), name
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(read_volume(folder)), expected, err_msg=name)
+    # one intercept for air and for padding: the padding lies outside the window and is clipped before interpolation
+    grid = {"size": (9, 14, 11), "spacing": (2.1, 0.6, 0.8)}
+    seen = [volume.read_on_grid(tmp_path / name, **grid)[0] for name in ("signed", "wide")]
+    np.testing.assert_array_equal(*seen)
 
 
 # === Transfer syntaxes ===============================================================================================
@@ -458,6 +520,13 @@ def symlink(path: Path, target: Path) -> Path:
     return path
 
 
+def members(folder: Path) -> Path:
+    """A .nii.gz of three gzip members, as parallel compressors write."""
+    raw = nifti(folder / "plain.nii").read_bytes()
+    parts = [raw[:500], raw[500:1200], raw[1200:]]
+    return written(folder / "a.nii.gz", b"".join(gzip.compress(part) for part in parts))
+
+
 def no_forms(image):
     image.set_sform(None, 0), image.set_qform(None, 0)
 
@@ -466,6 +535,10 @@ def other_qform(image):
     turned = AFFINE.copy()
     turned[0, 3] += 3
     image.set_sform(AFFINE, 1), image.set_qform(turned, 1)
+
+
+def extended(image):
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Zzyzx " * 50))
 
 
 def agreeing_qform(image):
@@ -483,6 +556,10 @@ def linked_raw(tmp: Path) -> Path:
 holes = hu().astype(np.float32).transpose(2, 1, 0).copy()
 holes[3, 3, 3] = np.nan
 FILE_FAULTS = {
+    "pipe": (Fault.NO_SUCH_FILE, lambda t: os.mkfifo(t / "a.nii.gz") or t / "a.nii.gz"),
+    "device": (Fault.NO_SUCH_FILE, lambda t: Path("/dev/zero")),
+    "path too long": (Fault.NO_SUCH_FILE, lambda t: t / ("Doe_Jane" * 600)),
+    "gz members": (Fault.DAMAGED_FILE, lambda t: patched(members(t), -8, b"\1\2\3\4")),
     "missing": (Fault.NO_SUCH_FILE, lambda t: t / "Doe_Jane.nii.gz"),
     "empty": (Fault.NOT_A_SCAN, lambda t: written(t / "a.nii", b"")),
     "text": (Fault.NOT_A_SCAN, lambda t: written(t / "a.nii", "this is a letter " * 99)),
@@ -564,6 +641,13 @@ FILE_FAULTS = {
 CLEAN = {
     ".nii": lambda t: nifti(t / "clean.nii", agreeing_qform),
     ".gz": lambda t: nifti(t / "clean.nii.gz"),
+    ".gz of several members": members,
+    ".gz and zeros": lambda t: written(t / "b.nii.gz", nifti(t / "a.nii.gz").read_bytes() + bytes(512)),
+    "extensions": lambda t: nifti(t / "clean.nii", extended),
+    "slope 0": lambda t: patched(nifti(t / "clean.nii"), 112, bytes(8)),
+    "slope NaN": lambda t: patched(nifti(t / "clean.nii"), 112, b"\0\0\xc0\x7f" * 2),
+    "qform alone": lambda t: nifti(t / "clean.nii", lambda i: (i.set_qform(AFFINE, 1), i.set_sform(None, 0))),
+    "odd path": lambda t: nifti(t / "J\u00f6rg \u2603 \u809d scan.nii.gz"),
     ".nrrd": lambda t: from_itk(t / "clean.nrrd"),
     ".nhdr": lambda t: from_itk(t / "clean.nhdr"),
     ".mha": lambda t: from_itk(t / "clean.mha"),
@@ -747,6 +831,55 @@ def test_a_hundred_damages_of_a_real_series(tmp_path):
         outcomes.append(survives(folder, good, allowed=0.25))  # one slice in five may decode to other voxels
         (folder / victim.name).write_bytes(data)
     assert set(outcomes) <= {"refused", "read"} and outcomes.count("refused") > 20, set(outcomes)
+
+
+@pytest.fixture
+def real_slices(tmp_path):
+    """Six neighbouring files of the real series in a folder, from the lowest, and their voxels (6, rows, columns)."""
+    source = DATA / "ct_dicom"
+    if not source.exists():
+        pytest.skip("ct_dicom is not in the folder of test data (PHOTON_TEST_DATA)")
+    files = sorted(source.iterdir(), key=lambda p: sitk.ReadImage(p).GetOrigin()[2])[:6]
+    folder = tmp_path / "scan"
+    folder.mkdir()
+    files = [Path(shutil.copyfile(file, folder / f"{number}.dcm")) for number, file in enumerate(files)]
+    return folder, files, sitk.GetArrayFromImage(read_volume(folder))
+
+
+def test_slices_of_a_real_series_lost_copied_and_exchanged(real_slices):
+    folder, files, good = real_slices
+    held = [file.read_bytes() for file in files]
+    for number, file in enumerate(files):
+        inner = 0 < number < len(files) - 1
+        rest = np.delete(good, number, 0)
+        other = held[number - 1 if number else 1]
+        for content, expected in ((None, set()), (other, {Fault.DUPLICATE_SLICES})):  # lost, or overwritten
+            file.unlink() if content is None else file.write_bytes(content)
+            assert codes(folder) == ({Fault.MISSING_SLICES} if inner else expected)
+            if not inner:  # that there was a slice more at the end, nobody can tell
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_volume(folder)), rest)
+        file.write_bytes(held[number])
+    files[1].write_bytes(held[4]), files[4].write_bytes(held[1])  # names mean nothing
+    assert codes(folder) == set()
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_volume(folder)), good)
+
+
+def test_header_damages_of_a_real_series_change_no_voxel(real_slices):
+    """Damage before the voxels is refused or without effect; voxels themselves carry no checksum in DICOM."""
+    folder, files, good = real_slices
+    for file in files[4:]:
+        file.unlink()
+    files, good, dice, outcomes = files[:4], good[:4], random.Random(11), []
+    for _ in range(60):
+        victim = dice.choice(files)
+        data = victim.read_bytes()
+        end = data.index(b"\xe0\x7f\x10\0")  # Pixel Data
+        victim.write_bytes(damage(data[:end], dice) + data[end:])
+        outcomes.append(survives(folder, good, allowed=0.0))
+        victim.write_bytes(data)
+    assert set(outcomes) == {"refused", "read"} and outcomes.count("refused") > 30, Counter(outcomes)
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])

@@ -14,7 +14,8 @@ SIZE = (37, 29, 23)  # x, y, z
 
 @pytest.fixture(scope="module")
 def processor():
-    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    fields = {"grid": [70, 140, 140], "spacing": [5.2, 2.6, 2.6], "patch_size": 14, "window": [-1000.0, 1000.0]}
+    return AutoProcessor.from_pretrained(ROOT, trust_remote_code=True, **fields)  # 5 x 5 x 5 tokens
 
 
 def scan(seed=0, size=SIZE, spacing=(5.1, 6.3, 7.7), direction=None):

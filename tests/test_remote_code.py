@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, collate, photon_class, real, run_fresh, three_rows, tiny_model
+from conftest import ROOT, TOKENS, collate, photon_class, real, run_fresh, three_rows, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
@@ -81,9 +81,9 @@ print(json.dumps([one, many, pair, stock[0]["generated_text"][-1]]))
         scan,
     )
     one, many, pair, reply = json.loads(out.strip().splitlines()[-1])
-    assert one["tokens_seen"] == 125 and 1 <= one["tokens_kept"] <= 125 and isinstance(one["answer"], str)
+    assert one["tokens_seen"] == TOKENS and 1 <= one["tokens_kept"] <= TOKENS and isinstance(one["answer"], str)
     assert [answer["tokens_kept"] for answer in many] == [9, 9]
-    assert pair["tokens_kept"] == pair["tokens_seen"] == 250
+    assert pair["tokens_kept"] == pair["tokens_seen"] == 2 * TOKENS
     assert reply["role"] == "assistant" and isinstance(reply["content"], str)
 
 
