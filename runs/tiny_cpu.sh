@@ -26,18 +26,18 @@ fi
 # untrained weights, tokenizer, processor
 [ -f "$FOLDER/start/model.safetensors" ] || "$PYTHON" scripts/build_root.py --output "$FOLDER/start"
 
-# train STAGE MODEL STEPS PROCESSES: configs/recipe_tiny_STAGE.yaml from MODEL to FOLDER/STAGE
+# train STAGE RECIPE MODEL STEPS PROCESSES: from MODEL to FOLDER/STAGE
 train() {
   local resume=()
   [ -f "$FOLDER/$1/final/model.safetensors" ] && return
   [ -f "$FOLDER/$1/run.json" ] && resume=(--resume)
-  "$PYTHON" -m torch.distributed.run --nproc-per-node "$4" train_hf.py "configs/recipe_tiny_$1.yaml" \
-    --model "$2" --output-dir "$FOLDER/$1" --train-data "$FOLDER/data/train.jsonl" \
-    --eval-data "$FOLDER/data/val.jsonl" --cache-dir "$FOLDER/cache" --use-cpu --max-steps "$3" --seed "$SEED" \
+  "$PYTHON" -m torch.distributed.run --nproc-per-node "$5" train_hf.py "$2" \
+    --model "$3" --output-dir "$FOLDER/$1" --train-data "$FOLDER/data/train.jsonl" \
+    --eval-data "$FOLDER/data/val.jsonl" --cache-dir "$FOLDER/cache" --use-cpu --max-steps "$4" --seed "$SEED" \
     "${resume[@]}"
 }
-train tower "$FOLDER/start" 2000 1
-train lesions "$FOLDER/tower/final" 1200 1
-train dense "$FOLDER/lesions/final" 900 2
-train tune "$FOLDER/dense/final" 600 1
+train tower configs/recipe_tiny_tower.yaml "$FOLDER/start" 2000 1
+train lesions configs/recipe_tiny_lesions.yaml "$FOLDER/tower/final" 1200 1
+train dense configs/recipe_tiny_dense.yaml "$FOLDER/lesions/final" 900 2
+train tune configs/recipe_tiny_tune.yaml "$FOLDER/dense/final" 600 1
 echo "The trained model is in $FOLDER/tune/final"
