@@ -120,8 +120,8 @@ def metric(name):
 def read_letter(text, choices, benchmark):
     """The choice that a prediction names, or `None`.
 
-    3D-RAD and DeepTumorVQA by their authors' rules (`metrics/`); else the text is a letter, or begins with one and one
-    of ". : )", as in "B", "(b)" and "B. No", but not "A lesion".
+    3D-RAD and DeepTumorVQA by their authors' rules (`metrics/`); else the text is a choice, but for case and a full
+    stop, or it begins with a letter and one of ". : )", as in "B", "(b)" and "B. No", but not "A lesion".
     """
     if benchmark == "deeptumorvqa-2":
         found = metric("deeptumorvqa2").letter(text)
@@ -129,6 +129,8 @@ def read_letter(text, choices, benchmark):
         found = text
     elif benchmark == "3d-rad":
         found = " ".join(text.split()).upper()
+    elif (word := text.strip().removesuffix(".").casefold()) in {choice.casefold() for choice in choices}:
+        found = next(choice for choice in choices if choice.casefold() == word)  # choices may be words
     else:
         match = re.match(r"\s*\(?([A-Za-z])\s*(?:[.:)]|$)", text)
         found = match[1].upper() if match else None

@@ -141,7 +141,7 @@ def evaluator(package, monkeypatch):
 
 
 def test_deeptumorvqa_numbers(evaluator, questions, tmp_path):
-    """The root's untrained model says nothing; what counts is that no fault reads as a number."""
+    """What counts is that no fault reads as a number."""
     evaluator(command(questions, tmp_path / "o", "--input", "3d_volume", "--format", "freeform",
                       "--max-new-tokens", "3"))  # fmt: skip
     answers = [result["raw_output"] for result in json.loads((tmp_path / "o").read_text())]

@@ -523,6 +523,15 @@ def test_letters_of_benchmarks_without_a_rule(scoring, text, letter):
     assert scoring.read_letter(text, ["A", "B", "C"], "m3d-vqa") == letter
 
 
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [("no", "no"), ("No.", "no"), (" YES ", "yes"), ("no lesion", None), ("y", None), ("", None)],
+)
+def test_choices_may_be_words(scoring, text, choice):
+    assert scoring.read_letter(text, ["yes", "no"], "jsonl") == choice
+    assert scoring.read_letter("2", ["0", "1", "2", "3"], "jsonl") == "2"
+
+
 # === Comparison ======================================================================================================
 
 
