@@ -392,7 +392,10 @@ def cast_weights(folder, dtype):
         save_file(tensors, file, metadata={"format": "pt"})
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "dtype" in part:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("use_cache", None)  # the Trainer turns it off, for training alone
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, TOKENS, run_fresh
+from conftest import ROOT, SETTINGS, TOKENS, run_fresh
 from PIL import Image
 
 sys.path.insert(0, str(ROOT))
@@ -86,7 +86,7 @@ def test_the_answer_is_that_of_generate(scan):
 def test_the_keep_map_is_the_mask_in_the_patient(scan, tmp_path):
     """Each voxel of the scan, carried to the model's grid by hand, finds its token's bit."""
     processor, model = ask.load(ROOT)
-    _, inputs, keep = ask.ask(processor, model, [str(scan)], QUESTION, token_budget=40, max_new_tokens=1)
+    _, inputs, keep = ask.ask(processor, model, [str(scan)], QUESTION, keep_ratio=0.4, max_new_tokens=1)
     image, grid = sitk.ReadImage(str(scan)), inputs.scans[0][0]["grid"]
     size = np.array(image.GetSize())
     index = np.indices(size).reshape(3, -1)  # x, y, z
@@ -94,11 +94,13 @@ def test_the_keep_map_is_the_mask_in_the_patient(scan, tmp_path):
     world = matrix @ index + np.array(image.GetOrigin())[:, None]
     onto = np.array(grid["direction"]).reshape(3, 3) * grid["spacing"]
     place = np.linalg.solve(onto, world - np.array(grid["origin"])[:, None])
-    token = np.floor((place + 0.5) / np.array([28, 28, 14])[:, None]).astype(int)  # x, y, z
-    inside = ((token >= 0) & (token < 5)).all(0)
+    patch, (depth, height, width) = SETTINGS["patch_size"], SETTINGS["grid"]
+    shape = np.array([width // patch // 2, height // patch // 2, depth // patch])[:, None]  # tokens in x, y, z
+    token = np.floor((place + 0.5) / (patch * np.array([2, 2, 1]))[:, None]).astype(int)
+    inside = ((token >= 0) & (token < shape)).all(0)
     expected = np.zeros(len(inside), bool)
     x, y, z = token[:, inside]
-    expected[inside] = keep[0].reshape(5, 5, 5).numpy()[z, y, x]
+    expected[inside] = keep[0].reshape(*shape[::-1, 0]).numpy()[z, y, x]
     kept = sitk.GetArrayFromImage(processor.keep_map(keep, inputs)).transpose(2, 1, 0).ravel() > 0
     assert 0.1 < expected.mean() < 0.9
     assert (kept == expected).mean() > 0.995  # the rest lie on the border of two tokens

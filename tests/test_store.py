@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import ROOT, photon_class
+from conftest import ROOT, SETTINGS, TOKENS, photon_class
 from safetensors import safe_open
 from transformers import AutoProcessor
 
@@ -108,7 +108,7 @@ def test_a_broken_entry_is_made_anew(processor, scan, tmp_path):
     np.testing.assert_array_equal(again["pixel_values_videos"], fresh["pixel_values_videos"])
     (entry,) = entries(folder)
     with safe_open(entry, "np") as tensors:
-        assert tensors.get_tensor("patches").shape == (500, 14**3)
+        assert tensors.get_tensor("patches").shape == (4 * TOKENS, SETTINGS["patch_size"] ** 3)
 
 
 def test_nothing_of_the_patient_is_stored(processor, scan, tmp_path):
