@@ -158,10 +158,10 @@ def outlined(processor, inputs, keep, scans, file, caption, window=None):
 def display_window(processor, image):
     """Soft tissue in CT, what the model sees in MR."""
     settings = processor.image_processor
-    modality = shipped("volume_photon.find_modality")(image, settings.modality, assume_hu=settings.assume_hu)
+    modality = shipped("intensity_photon.find_modality")(image, settings.modality, assume_hu=settings.assume_hu)
     if modality == "ct":
         return overlay.SOFT_TISSUE
-    return shipped("volume_photon.intensity_window")(image, modality=modality, percentiles=settings.percentiles)
+    return shipped("intensity_photon.intensity_window")(image, modality=modality, percentiles=settings.percentiles)
 
 
 def numbered(file, number):

@@ -282,7 +282,7 @@ def axial_slices(source, count, window, modality="auto", **options):
     import SimpleITK as sitk
 
     image = shipped("volume_photon.read_volume")(source, **options)
-    low, high = shipped("volume_photon.intensity_window")(image, modality=modality, window=window)
+    low, high = shipped("intensity_photon.intensity_window")(image, modality=modality, window=window)
     image = sitk.DICOMOrient(image, "LPI")  # columns grow to the left, rows to the back, slices to the feet
     voxels = sitk.GetArrayFromImage(image)  # (slices, rows, columns)
     x, y, _ = image.GetSpacing()

@@ -6,7 +6,8 @@ import numpy as np
 
 from .faults_photon import Findings, VolumeError
 from .grid_photon import Geometry, model_grid, resample
-from .volume_photon import find_modality, intensity_window, load, scale_intensity
+from .intensity_photon import find_modality, intensity_window, scale_intensity
+from .volume_photon import load
 
 try:
     import SimpleITK as sitk

@@ -12,6 +12,7 @@ or, the same to the bit but sooner, because slabs are interpolated while the res
 
 The release does it in six steps and two interpolations (orient to RAI, resample to 1 mm, crop or pad to 364^3, clip,
 resize, flip); together they are one affine map, so here they are one interpolation, from the scan's own voxels.
+Grids and interpolation are those of grid_photon.py, windows and scaling those of intensity_photon.py.
 """
 
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .dicom_photon import MODALITIES, MODALITY_TAG, read_dicom
+from .dicom_photon import MODALITY_TAG, read_dicom
 from .faults_photon import Findings, VolumeError, VolumeFault, VolumeWarning
 from .files_photon import (
     INFLATE_ERRORS,
@@ -33,15 +34,14 @@ from .files_photon import (
     check_shape,
     choose_frame,
     damaged,
-    nifti_affine,
-    nifti_unit,
     read_itk,
-    read_nifti,
     rescale,
     sniff,
     to_image,
 )
 from .grid_photon import Geometry, LinearInterpolation, interpolate_linear, model_grid, resample
+from .intensity_photon import intensity_window, scale_in_place, value_range
+from .nifti_photon import nifti_affine, nifti_unit, read_nifti
 
 try:
     import SimpleITK as sitk
@@ -52,124 +52,13 @@ try:
 except ImportError:
     nib = None
 
-__all__ = ["Geometry", "VolumeError", "VolumeFault", "VolumeWarning", "find_modality", "intensity_window"]
-__all__ += ["model_grid", "read_ahead", "read_on_grid", "read_volume", "resample", "scale_intensity"]
+__all__ = ["Geometry", "VolumeError", "VolumeFault", "VolumeWarning"]
+__all__ += ["model_grid", "read_ahead", "read_on_grid", "read_volume", "resample"]
 
 MIN_ANGLE = 0.1  # degrees: less is the rounding of a header
 NO_SERIES = (
     "series= chooses among the series of a DICOM folder, and this is no DICOM: it holds one scan. Leave it out."
 )
-
-
-# === Intensity =======================================================================================================
-
-
-def find_modality(image, modality: str = "auto", *, assume_hu: bool = False, values=None) -> str:
-    """What a scan is, "ct" or "mr", never guessed.
-
-    "auto": the DICOM modality where the scan has one; else "ct" where values reach below -500 and above 0, which only
-    HU do; else MODALITY_UNKNOWN. With "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits,
-    nothing below -500, nothing above 0) unless `assume_hu`, meant for crops that lie within the body. `values`: the
-    image's smallest and largest, where known already.
-    """
-    if modality not in ("auto", "ct", "mr"):
-        raise ValueError(f"modality is 'auto', 'ct' or 'mr', got {modality!r}")
-    tag = image.GetMetaData(MODALITY_TAG).strip().upper() if image.HasMetaDataKey(MODALITY_TAG) else ""
-    declared = {"CT": "ct", "MR": "mr"}.get(tag)
-    if tag and (declared is None or modality not in ("auto", declared)):
-        reason = " (SUV needs dose, weight and times, and no model here was trained on it)" if tag == "PT" else ""
-        kind = tag if tag in MODALITIES else "another kind"
-        raise VolumeError(
-            VolumeFault.MODALITY_UNSUPPORTED,
-            f"The scan says that it is {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
-            "expected. Give such a scan, or set modality to what it is.",
-        )
-    lo, hi = values or value_range(image)
-    looks_hu = lo < -500 and hi > 0 and image.GetPixelID() not in (sitk.sitkInt8, sitk.sitkUInt8)
-    found = declared or modality
-    if found == "auto" and looks_hu:
-        found = "ct"
-    if found == "auto":
-        raise VolumeError(
-            VolumeFault.MODALITY_UNKNOWN,
-            f"The scan does not say what it is, and its values ({lo:g} to {hi:g}) are not surely HU. "
-            "Set modality to 'ct' or 'mr'.",
-        )
-    if found == "ct" and not looks_hu and not assume_hu:
-        raise VolumeError(
-            VolumeFault.NOT_HU,
-            f"A CT was expected, but the values ({lo:g} to {hi:g}) cannot be HU: air is at -1000 and water at 0. "
-            "Undo the scaling (often: add the intercept), or set assume_hu for a crop that lies within the body.",
-        )
-    return found
-
-
-def value_range(image) -> tuple[float, float]:
-    """Smallest and largest value of an image."""
-    array = sitk.GetArrayViewFromImage(image)
-    return float(array.min()), float(array.max())
-
-
-def intensity_window(
-    image,
-    *,
-    modality: str = "auto",
-    window=(-1000.0, 1000.0),
-    percentiles=(0.5, 99.5),
-    assume_hu: bool = False,
-    values=None,
-) -> tuple[float, float]:
-    """(lo, hi) in the scan's own units that become 0 and 1.
-
-    CT: `window` in HU. MR: `percentiles` of the voxels that are not 0 (0 is what scanners and defacing fill with),
-    which a single bright vessel or spike cannot stretch. `values`: see `find_modality`.
-    """
-    if find_modality(image, modality, assume_hu=assume_hu, values=values) == "ct":
-        return float(window[0]), float(window[1])
-    array = sitk.GetArrayViewFromImage(image)
-    array = array[:: 1 + array.shape[0] // 256, :: 1 + array.shape[1] // 256, :: 1 + array.shape[2] // 256]
-    array = array[array != 0]  # every n-th voxel of a large scan has the same percentiles
-    lo, hi = np.percentile(array, percentiles) if array.size else (0.0, 0.0)
-    if not hi > lo:
-        raise VolumeError(
-            VolumeFault.CONSTANT_IMAGE,
-            f"Nearly all voxels that are not 0 have one value ({lo:g}): there is no contrast to scale. Check the "
-            "scan.",
-        )
-    return float(lo), float(hi)
-
-
-def scale_intensity(x, *, window: tuple[float, float], scaling: str = "window") -> np.ndarray:
-    """float32 (D, H, W) in [0, 1] from a resampled image, or an array.
-
-    scaling: "window" maps lo to 0 and hi to 1, the same for every scan; "minmax" the smallest and largest value after
-    clipping to the window (the release's: the same tissue then depends on what else is in view).
-    """
-    x = sitk.GetArrayFromImage(x) if isinstance(x, sitk.Image) else np.array(x)
-    return _scale(x.astype(np.float32, copy=False), window, scaling)
-
-
-def _scale(x: np.ndarray, window, scaling: str) -> np.ndarray:
-    """`scale_intensity` in the array's own memory."""
-    if scaling not in ("window", "minmax"):
-        raise ValueError(f"scaling is 'window' or 'minmax', got {scaling!r}")
-    lowest, highest = float(x.min()), float(x.max())
-    if not (np.isfinite(lowest) and np.isfinite(highest)):
-        raise VolumeError(VolumeFault.NON_FINITE, "The volume holds NaN or inf; clean it before it is scaled.")
-    lo, hi = (float(window[0]), float(window[1]))
-    if lowest < lo or highest > hi:
-        np.clip(x, lo, hi, out=x)
-        lowest, highest = float(x.min()), float(x.max())
-    if lowest == highest:
-        raise VolumeError(
-            VolumeFault.CONSTANT_IMAGE,
-            f"Within the window {window} the volume has one value, {lowest:g}. Check the scan and the window.",
-        )
-    if scaling == "minmax":
-        lo, hi = lowest, highest
-    x -= lo
-    x /= hi - lo
-    return x
 
 
 # === Reading =========================================================================================================
@@ -240,7 +129,7 @@ def read_on_grid(
     grid, array = grid_of(scan), early.result(image, found)
     if array is None:
         array = interpolate_linear(image, grid, window=found, outside=found[0])
-    return _scale(array, found, scaling), scan, grid
+    return scale_in_place(array, found, scaling), scan, grid
 
 
 class _Early:
@@ -455,8 +344,7 @@ def _from_array(array, affine, *, frame, max_voxels) -> "sitk.Image":
     return to_image(array.transpose(2, 1, 0), RAS_TO_LPS @ affine)
 
 
-# === Checks that every source passes
-# ==================================================================================
+# === Checks that every source passes =================================================================================
 
 
 def _check_values(image, findings: Findings, fill: float | None) -> tuple:

@@ -2,8 +2,8 @@
 
     python scripts/demo.py [--output DIR]
 
-Uses the real scans in $PHOTON_TEST_DATA (default: ../shared/data beside the repository) where they are; else a
-phantom, written as NIfTI and as a DICOM series.
+A phantom that the tiny model was not trained on, written as NIfTI and as a DICOM series, with the right answers beside
+the model's; and the real scans in $PHOTON_TEST_DATA (default: ../shared/data beside the repository) where they are.
 """
 
 import argparse
@@ -18,10 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ask  # noqa: E402
-import phantoms  # noqa: E402
+from phantom_patient import PhantomConfig, make_patient  # noqa: E402
 
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
-QUESTIONS = ["Is there a lesion in the liver?", "On which side is the kidney with a lesion?"]
+SEED, PATIENT = 1, 3  # the model has seen patients of seed 0
+CONFIG = PhantomConfig(diameters=(18.0, 26.0, 34.0, 42.0), contrast=(110.0, 180.0), ground_glass=0.0)
+PHANTOM = {"NIfTI": "phantom.nii.gz", "DICOM folder": "phantom_dicom"}
+ORGANS = ("liver", "spleen", "left kidney", "right lung")
 
 
 def write_dicom(image, folder):
@@ -55,13 +58,19 @@ def write_dicom(image, folder):
 
 
 def scans(output):
-    """Name and path of a file and of a folder to show."""
-    if (DATA / "example_ct.nii.gz").is_file() and (DATA / "ct_dicom").is_dir():
-        return {"real CT (NIfTI)": DATA / "example_ct.nii.gz", "real CT (DICOM folder)": DATA / "ct_dicom"}
-    image, *_ = phantoms.make_patient(seed=0)
-    sitk.WriteImage(image, str(output / "phantom.nii.gz"), useCompression=True)
-    write_dicom(image, output / "phantom_dicom")
-    return {"phantom (NIfTI)": output / "phantom.nii.gz", "phantom (DICOM folder)": output / "phantom_dicom"}
+    """(name, path, truth) of what is shown; the truth is `None` where the scan is no phantom."""
+    image, _, _, facts = make_patient(SEED, PATIENT, config=CONFIG)
+    sitk.WriteImage(image, str(output / PHANTOM["NIfTI"]), useCompression=True)
+    write_dicom(image, output / PHANTOM["DICOM folder"])
+    truth = {lesion["organ"] for lesion in facts["lesions"]}
+    listed = [
+        ("phantom (NIfTI)", output / "phantom.nii.gz", truth),
+        ("phantom (DICOM)", output / "phantom_dicom", truth),
+    ]
+    for name, path in (("real CT (NIfTI)", DATA / "example_ct.nii.gz"), ("real CT (DICOM)", DATA / "ct_dicom")):
+        if path.exists():
+            listed.append((f"{name}; the model has learnt phantoms alone, so its answers say nothing", path, None))
+    return listed
 
 
 def main(argv=None):
@@ -71,11 +80,13 @@ def main(argv=None):
     output.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("default")
     processor, model = ask.load(ROOT)
-    for number, (name, path) in enumerate(scans(output).items(), start=1):
+    for number, (name, path, truth) in enumerate(scans(output), start=1):
         print(f"\n{name}")
-        for question in QUESTIONS:
+        for organ in ORGANS:
+            question = f"Is there a lesion in the {organ}?"
             result, inputs, keep = ask.ask(processor, model, [path], question)
-            print(f"  {question}\n    {ask.described(result)}".replace("\n", "\n    "))
+            right = "" if truth is None else f" (right: {'yes' if organ in truth else 'no'})"
+            print(f"  {question}{right}\n    {ask.described(result)}".replace("\n", "\n    "))
         sitk.WriteImage(processor.keep_map(keep, inputs), str(output / f"kept_{number}.nii.gz"), useCompression=True)
         caption = ask.caption(question, result)
         ask.outlined(processor, inputs, keep, [{"volume": path}], output / f"overlay_{number}.png", caption)

@@ -31,7 +31,7 @@ from transformers import (
 sys.path.insert(0, str(ROOT))
 
 import evaluate_hf  # noqa: E402
-import phantoms  # noqa: E402
+import phantom_patient  # noqa: E402
 from controls import ControlScheduler  # noqa: E402
 from convert_photon import complete  # noqa: E402
 
@@ -92,7 +92,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     scans = []
     for patient in range(3):
-        image, *_ = phantoms.make_patient(seed=3, patient=patient)
+        image, *_ = phantom_patient.make_patient(seed=3, patient=patient)
         scans.append(folder / f"{NAME}{patient}_a_1.nii.gz")
         sitk.WriteImage(image, str(scans[-1]))
     rows = []

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-import phantoms  # noqa: E402
+import phantom_patient  # noqa: E402
 
 # What the evaluator of DeepTumorVQA 2.0 does with a custom backend, rewritten from its public code (repository
 # Schuture/DeepTumorVQA: evaluate.py, eval/vqa_evaluator.py, eval/metrics.py, data/prompt.py, data/loader.py):
@@ -93,7 +93,7 @@ def questions(tmp_path_factory):
     """Two scans and a damaged one, and a scan that is not there; questions with two and with four options."""
     folder = tmp_path_factory.mktemp("dtv")
     for patient in range(2):
-        image, *_ = phantoms.make_patient(seed=5, patient=patient)
+        image, *_ = phantom_patient.make_patient(seed=5, patient=patient)
         path = folder / "benchmark" / "ct" / f"BDMAP_{patient}" / "ct.nii.gz"
         path.parent.mkdir(parents=True)
         sitk.WriteImage(image, str(path))

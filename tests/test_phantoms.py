@@ -3,7 +3,6 @@
 python -m pytest tests/test_phantoms.py
 """
 
-import importlib.util
 import json
 import math
 import sys
@@ -16,9 +15,19 @@ import pytest
 import SimpleITK as sitk
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("phantoms", ROOT / "phantoms.py")
-phantoms = sys.modules["phantoms"] = importlib.util.module_from_spec(spec)  # dataclasses and workers look there
-spec.loader.exec_module(phantoms)
+sys.path.insert(0, str(ROOT))
+
+import phantoms  # noqa: E402
+from phantom_anatomy import FOV_ORGANS, LABELS  # noqa: E402
+from phantom_patient import CHANGES, LIMITED_FOVS, Phantom, PhantomConfig, make_patient  # noqa: E402
+from phantom_questions import (  # noqa: E402
+    ANSWERS,
+    blind_baseline,
+    comparisons,
+    question_text,
+    scan_questions,
+    write_questions,
+)
 
 PATIENTS = 30
 
@@ -65,16 +74,16 @@ def test_same_seed_same_files_whatever_the_workers(tmp_path):
 
 
 def test_seed_patient_and_scan_each_change_the_voxels():
-    config = phantoms.PhantomConfig(follow_up=1.0)
-    images = [phantoms.make_patient(*key, config)[0] for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    config = PhantomConfig(follow_up=1.0)
+    images = [make_patient(*key, config)[0] for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert len({sitk.Hash(image) for image in images}) == 4
-    assert sitk.Hash(phantoms.make_patient(0, 0, 0, config)[0]) == sitk.Hash(images[0])
+    assert sitk.Hash(make_patient(0, 0, 0, config)[0]) == sitk.Hash(images[0])
 
 
 def test_lesions_have_their_volume_and_place():
     painted, true = [], []
     for patient in range(14):
-        _, organs, lesions, facts = phantoms.make_patient(7, patient, fov="full")
+        _, organs, lesions, facts = make_patient(7, patient, fov="full")
         labels, voxel = sitk.GetArrayFromImage(lesions), math.prod(lesions.GetSpacing()) / 1000
         assert sorted(set(np.unique(labels)) - {0}) == [lesion["label"] for lesion in facts["lesions"]]
         for lesion in facts["lesions"]:
@@ -83,7 +92,7 @@ def test_lesions_have_their_volume_and_place():
             true.append(4 / 3 * math.pi * (lesion["diameter_mm"] / 20) ** 3)
             center = lesions.TransformContinuousIndexToPhysicalPoint(np.argwhere(found).mean(0)[::-1].tolist())
             assert math.dist(center, lesion["center_lps"]) < 1.5
-            assert set(sitk.GetArrayFromImage(organs)[found]) == {phantoms.LABELS[lesion["organ"]]}
+            assert set(sitk.GetArrayFromImage(organs)[found]) == {LABELS[lesion["organ"]]}
     ratio = np.array(painted) / np.array(true)
     assert len(true) >= 20 and abs(ratio - 1).max() < 0.35
     assert sum(painted) == pytest.approx(sum(true), rel=0.03)
@@ -91,11 +100,11 @@ def test_lesions_have_their_volume_and_place():
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "PSR", "ILA"])
 def test_organs_lie_where_anatomy_puts_them(tmp_path, orientation):
-    image, organs, _, _ = phantoms.make_patient(5, fov="full", orientation=orientation)
+    image, organs, _, _ = make_patient(5, fov="full", orientation=orientation)
     paths = save(tmp_path, image=image, organs=organs)
     labels, affine = read(paths["organs"])
     assert "".join(nib.aff2axcodes(affine)) == orientation
-    at = {name: centroid(labels == label, affine) for name, label in phantoms.LABELS.items()}
+    at = {name: centroid(labels == label, affine) for name, label in LABELS.items()}
     spine = at["spine"]
     for name in ("left kidney", "left lung", "spleen", "stomach", "aorta"):
         assert at[name][0] < spine[0] - 5, name  # RAS: the patient's left is -x
@@ -105,14 +114,14 @@ def test_organs_lie_where_anatomy_puts_them(tmp_path, orientation):
     assert all(at[f"{side} kidney"][1] < at["liver"][1] for side in ("left", "right"))
     assert at["left lung"][2] > at["spleen"][2] > at["left kidney"][2]
     values, _ = read(paths["image"])
-    median = {name: np.median(values[labels == label]) for name, label in phantoms.LABELS.items()}
+    median = {name: np.median(values[labels == label]) for name, label in LABELS.items()}
     assert median["left lung"] < -700 < 60 < median["liver"] < median["aorta"] < median["spine"]
 
 
 def test_stored_orientation_moves_no_voxel(tmp_path):
     stored = {}
     for code in ("LPS", "SRP"):
-        image, organs, lesions, facts = phantoms.make_patient(3, 1, orientation=code)
+        image, organs, lesions, facts = make_patient(3, 1, orientation=code)
         assert facts["orientation"] == code
         for name, path in save(tmp_path, image=image, organs=organs, lesions=lesions).items():
             canonical = nib.as_closest_canonical(nib.load(path))
@@ -134,19 +143,19 @@ def test_grid_is_hounsfield_and_spacing_varies(data_set):
     assert len({code for _, code in seen}) >= 4 and len({shape for shape, _ in seen}) >= 15
 
 
-@pytest.mark.parametrize("fov", phantoms.LIMITED_FOVS)
+@pytest.mark.parametrize("fov", LIMITED_FOVS)
 def test_field_of_view_answers_agree_with_the_labels(tmp_path, fov):
-    config = phantoms.PhantomConfig()
+    config = PhantomConfig()
     out = set()
     for patient in range(2):
-        phantom = phantoms.Phantom(11, patient, config, fov)
+        phantom = Phantom(11, patient, config, fov)
         _, organs, _, facts = phantom.render()
         labels, _ = read(save(tmp_path, organs=organs)["organs"])
-        whole = sitk.GetArrayFromImage(phantoms.Phantom(11, patient, config, "full").render()[1])
-        answers = {key: answer for task, key, answer in phantoms._scan_questions(facts, config) if task == "fov"}
-        for name in phantoms.FOV_ORGANS:
-            mask = labels == phantoms.LABELS[name]
-            assert (whole == phantoms.LABELS[name]).any()  # the patient has the organ: it is the view that ends
+        whole = sitk.GetArrayFromImage(Phantom(11, patient, config, "full").render()[1])
+        answers = {key: answer for task, key, answer in scan_questions(facts, config) if task == "fov"}
+        for name in FOV_ORGANS:
+            mask = labels == LABELS[name]
+            assert (whole == LABELS[name]).any()  # the patient has the organ: it is the view that ends
             rim = mask.any() and any(mask.take(side, axis).any() for axis in range(3) for side in (0, -1))
             if not mask.any():
                 assert answers[name] == "yes"
@@ -163,14 +172,14 @@ def test_answers_agree_with_image_and_maps(data_set):
     root, _, rows, _, _ = data_set
     checked = Counter()
     for row in rows:
-        text = phantoms.question_text(row)
-        organ = next((name for name in phantoms.LABELS if name in text), None)
+        text = question_text(row)
+        organ = next((name for name in LABELS if name in text), None)
         scans = []
         for volume, organs, lesions in zip(row["volumes"], row["labels"], row["lesions"], strict=True):
             (hu, affine), (organs, _), (lesions, _) = (read(root / path) for path in (volume, organs, lesions))
             scans.append((hu, organs, lesions, abs(np.linalg.det(affine[:3, :3]))))
         hu, organs, lesions, voxel = scans[0]
-        inside = {name: np.unique(lesions[(organs == n) & (lesions > 0)]) for name, n in phantoms.LABELS.items()}
+        inside = {name: np.unique(lesions[(organs == n) & (lesions > 0)]) for name, n in LABELS.items()}
         sizes = {name: [(6 / math.pi * voxel * (lesions == n).sum()) ** (1 / 3) for n in found]
                  for name, found in inside.items()}  # fmt: skip
         task, answer = row["task"], row["answer"]
@@ -187,32 +196,32 @@ def test_answers_agree_with_image_and_maps(data_set):
             claimed = answer if task == "size_open" else text.split(f"{answer}) ")[1].split(" mm")[0]
             assert abs(float(claimed) - sizes[organ][0]) < 3.5
         elif task == "attenuation":
-            mine, other = hu[lesions == inside[organ][0]], hu[(organs == phantoms.LABELS[organ]) & (lesions == 0)]
+            mine, other = hu[lesions == inside[organ][0]], hu[(organs == LABELS[organ]) & (lesions == 0)]
             assert answer == ("hyperdense" if np.median(mine) > np.median(other) else "hypodense")
         elif task == "fov":
-            assert answer == ("no" if (organs == phantoms.LABELS[organ]).any() else "yes")
+            assert answer == ("no" if (organs == LABELS[organ]).any() else "yes")
         else:
-            before, now = ((m[o == phantoms.LABELS[organ]] > 0).sum() * v for _, o, m, v in scans)
+            before, now = ((m[o == LABELS[organ]] > 0).sum() * v for _, o, m, v in scans)
             assert answer == change_of(before, now)
         checked[task] += 1
     assert {"presence", "side", "attenuation", "fov"} <= set(checked) and min(checked.values()) > 1, checked
 
 
 def test_a_comparison_follows_the_voxels():
-    config, seen = phantoms.PhantomConfig(follow_up=1.0), Counter()
+    config, seen = PhantomConfig(follow_up=1.0), Counter()
     for patient in range(6):
-        phantom = phantoms.Phantom(21, patient, config)
+        phantom = Phantom(21, patient, config)
         maps, facts = [], []
         for scan in range(2):
             _, organs, lesions, truth = phantom.render(scan)
             labels = (sitk.GetArrayFromImage(organs), sitk.GetArrayFromImage(lesions))
             maps.append((*labels, math.prod(lesions.GetSpacing())))
             facts.append(truth)
-        for _, organ, change in phantoms._comparisons(*facts):
-            before, now = ((m[o == phantoms.LABELS[organ]] > 0).sum() * v for o, m, v in maps)
+        for _, organ, change in comparisons(*facts):
+            before, now = ((m[o == LABELS[organ]] > 0).sum() * v for o, m, v in maps)
             assert now > 0 and change == change_of(before, now)
             seen[change] += 1
-    assert set(seen) == set(phantoms.CHANGES)
+    assert set(seen) == set(CHANGES)
 
 
 def test_rows_have_the_training_format(data_set):
@@ -260,7 +269,7 @@ def _lopsided(patients, config):
     rng = np.random.default_rng(0)
     sizes = [f"{d:g}" for d in config.phantom.diameters]
     for patient in range(patients):
-        for task, answers in phantoms.ANSWERS.items():
+        for task, answers in ANSWERS.items():
             for key in ("",) if task == "largest" else ("liver", "spleen"):
                 options = list(answers or sizes)[:: 1 if key == "liver" else -1]
                 share = 0.5 ** np.arange(len(options))
@@ -273,16 +282,16 @@ def _lopsided(patients, config):
 def test_every_text_gets_every_answer_equally_often():
     config = phantoms.DataConfig(seed=1)
     candidates = list(_lopsided(900, config))
-    rows, left = phantoms.write_questions(candidates, config)
+    rows, left = write_questions(candidates, config.seed, config.phantom)
     assert len(rows) + sum(left.values()) == len(candidates) and len(rows) > 3000
     counts = defaultdict(Counter)
     for row in rows:
-        counts[row["split"], row["task"], phantoms.question_text(row)][row["answer"]] += 1
+        counts[row["split"], row["task"], question_text(row)][row["answer"]] += 1
     for (_, task, _), answers in counts.items():
-        wanted = 5 if task.startswith("size") else len(phantoms.ANSWERS[task])
+        wanted = 5 if task.startswith("size") else len(ANSWERS[task])
         assert len(answers) == wanted and len(set(answers.values())) == 1
     by_split = {split: [row for row in rows if row["split"] == split] for split in ("train", "test")}
-    for task, (_, scored, chance, accuracy) in phantoms.blind_baseline(*by_split.values()).items():
+    for task, (_, scored, chance, accuracy) in blind_baseline(*by_split.values()).items():
         assert scored and accuracy == pytest.approx(chance), task
 
 
@@ -291,8 +300,8 @@ def test_blind_baseline_sees_a_leak():
         return {"task": "presence", "answer": answer, "messages": [{"content": [{"type": "text", "text": text}]}]}
 
     leaking = [row("liver?", "yes")] * 9 + [row("liver?", "no")] + [row("spleen?", "no")] * 10
-    assert phantoms.blind_baseline(leaking, leaking)["presence"] == (20, 20, 0.5, 0.95)
-    assert math.isnan(phantoms.blind_baseline(leaking, [])["presence"][3])
+    assert blind_baseline(leaking, leaking)["presence"] == (20, 20, 0.5, 0.95)
+    assert math.isnan(blind_baseline(leaking, [])["presence"][3])
 
 
 def test_resume_writes_only_what_is_missing(data_set):
@@ -334,18 +343,18 @@ def test_a_folder_of_other_data_is_refused(data_set, tmp_path):
 )
 def test_wrong_settings_are_told(change, message):
     with pytest.raises(ValueError, match=message):
-        phantoms.PhantomConfig(**change)
+        PhantomConfig(**change)
 
 
 def test_wrong_requests_are_told():
     with pytest.raises(ValueError, match="this patient has 1"):
-        phantoms.make_patient(0, scan=1, config=phantoms.PhantomConfig(follow_up=0.0))
+        make_patient(0, scan=1, config=PhantomConfig(follow_up=0.0))
     with pytest.raises(ValueError, match="one letter each"):
-        phantoms.make_patient(0, orientation="XYZ")
+        make_patient(0, orientation="XYZ")
     with pytest.raises(ValueError, match="choose full, chest"):
-        phantoms.Phantom(0, fov="knee")
+        Phantom(0, fov="knee")
     with pytest.raises(ValueError, match="from 0 up"):
-        phantoms.Phantom(-1)
+        Phantom(-1)
 
 
 def test_command_line(tmp_path, capsys):

@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
 volume = sys.modules[get_class_from_dynamic_module("volume_photon.read_volume", str(ROOT)).__module__]
+intensity = sys.modules[volume.intensity_window.__module__]  # of the same copy, hence with the same VolumeError
 inspect_volume = get_class_from_dynamic_module("inspect_photon.inspect_volume", str(ROOT))
 Geometry, read_volume, model_grid, resample = (
     volume.Geometry,
@@ -45,8 +46,8 @@ def quietly(source, **options):
 
 def tensor(image, modality="ct", grid=None, **options) -> np.ndarray:
     grid = model_grid(Geometry.of(image), **(grid or SMALL))
-    window = volume.intensity_window(image, modality=modality)
-    return volume.scale_intensity(resample(image, grid, window=window, outside=window[0]), window=window, **options)
+    window = intensity.intensity_window(image, modality=modality)
+    return intensity.scale_intensity(resample(image, grid, window=window, outside=window[0]), window=window, **options)
 
 
 def phantom(shape=(13, 16, 19), seed=0, dtype=np.int16) -> np.ndarray:
@@ -97,9 +98,9 @@ def test_interpolating_while_inflating_is_the_same_to_the_bit(make, suffix, moda
         got, scan, grid = volume.read_on_grid(path, size=size, spacing=spacing, modality=modality)
         image = read_volume(path)
     assert scan == Geometry.of(image) and grid == model_grid(scan, size, spacing)
-    window = volume.intensity_window(image, modality=modality)
+    window = intensity.intensity_window(image, modality=modality)
     on_grid = resample(image, grid, window=window, outside=window[0])
-    assert np.array_equal(got, volume.scale_intensity(on_grid, window=window))
+    assert np.array_equal(got, intensity.scale_intensity(on_grid, window=window))
     # and SimpleITK's own, of the whole scan at once
     lo, hi = int(np.floor(window[0])), int(np.ceil(window[1]))
     whole = sitk.Resample(
@@ -261,7 +262,7 @@ def by_scipy(array_ijk, affine_ras, grid, outside=-1000.0) -> np.ndarray:
 def test_the_real_scan_against_nibabel_and_scipy(name, modality, capsys):
     path = real(name)
     image = quietly(path)
-    window = volume.intensity_window(image, modality=modality)
+    window = intensity.intensity_window(image, modality=modality)
     grid = model_grid(Geometry.of(image), size=(70, 140, 140), spacing=(5.2, 2.6, 2.6))
     got = sitk.GetArrayFromImage(resample(image, grid, window=window, outside=window[0]))
     nifti = nib.load(path)
@@ -336,8 +337,8 @@ def test_padding_does_not_bleed_into_the_body():
 
 def test_fixed_window_and_minmax():
     x = np.array([[[-2000.0, -500.0], [0.0, 400.0]]], np.float32)
-    np.testing.assert_allclose(volume.scale_intensity(x, window=(-1000, 1000)).ravel(), [0, 0.25, 0.5, 0.7])
-    got = volume.scale_intensity(x, window=(-1000, 1000), scaling="minmax").ravel()
+    np.testing.assert_allclose(intensity.scale_intensity(x, window=(-1000, 1000)).ravel(), [0, 0.25, 0.5, 0.7])
+    got = intensity.scale_intensity(x, window=(-1000, 1000), scaling="minmax").ravel()
     np.testing.assert_allclose(got, [0, 500 / 1400, 1000 / 1400, 1], rtol=1e-6)
     assert x.min() == -2000  # the caller's array is left alone
 
@@ -346,30 +347,30 @@ def test_mr_window_ignores_background_and_spikes():
     array = np.random.default_rng(1).integers(100, 200, (20, 22, 24)).astype(np.int16)
     array[:8] = 0
     array[15, 15, 15] = 30000
-    lo, hi = volume.intensity_window(read_volume((array, AFFINE)), modality="mr")
+    lo, hi = intensity.intensity_window(read_volume((array, AFFINE)), modality="mr")
     assert 95 <= lo <= 105 and 195 <= hi <= 205
     with pytest.raises(volume.VolumeError, match="MODALITY_UNKNOWN"):
-        volume.intensity_window(read_volume((array, AFFINE)))
+        intensity.intensity_window(read_volume((array, AFFINE)))
 
 
 def test_modality_follows_the_tag_then_the_values():
     image = read_volume((phantom(), AFFINE))
-    assert volume.find_modality(image) == "ct"
+    assert intensity.find_modality(image) == "ct"
     image.SetMetaData("0008|0060", "MR")
-    assert volume.find_modality(image) == "mr"
+    assert intensity.find_modality(image) == "mr"
     with pytest.raises(volume.VolumeError, match="MODALITY_UNSUPPORTED"):
-        volume.find_modality(image, "ct")
+        intensity.find_modality(image, "ct")
     image.SetMetaData("0008|0060", "PT")
     with pytest.raises(volume.VolumeError, match="SUV"):
-        volume.find_modality(image)
+        intensity.find_modality(image)
 
 
 @pytest.mark.parametrize("fake", [phantom() + 1024, (phantom() // 16 + 63).astype(np.uint8), phantom() / 2000.0])
 def test_ct_that_is_not_hu_is_refused(fake):
     image = read_volume((fake, AFFINE))
     with pytest.raises(volume.VolumeError, match="NOT_HU"):
-        volume.intensity_window(image, modality="ct")
-    assert volume.intensity_window(image, modality="ct", assume_hu=True) == (-1000, 1000)
+        intensity.intensity_window(image, modality="ct")
+    assert intensity.intensity_window(image, modality="ct", assume_hu=True) == (-1000, 1000)
 
 
 # === DICOM and NIfTI of one scan; the way back =======================================================================
@@ -378,7 +379,7 @@ def test_ct_that_is_not_hu_is_refused(fake):
 def test_dicom_equals_its_nifti(tmp_path):
     folder = real("ct_dicom")
     series = quietly(folder)
-    assert volume.find_modality(series) == "ct"
+    assert intensity.find_modality(series) == "ct"
     names = sorted(folder.iterdir(), key=lambda p: sitk.ReadImage(p).GetOrigin()[2])
     by_itk = sitk.JoinSeries([sitk.Extract(i, (*i.GetSize()[:2], 0)) for i in map(sitk.ReadImage, names)])
     np.testing.assert_array_equal(sitk.GetArrayFromImage(series), sitk.GetArrayFromImage(by_itk))

@@ -1,0 +1,119 @@
+"""What a scan's numbers mean: CT or MR, the window of values that the model sees, and their scale."""
+
+import numpy as np
+
+from .dicom_photon import MODALITIES, MODALITY_TAG
+from .faults_photon import VolumeError, VolumeFault
+
+try:
+    import SimpleITK as sitk
+except ImportError:
+    sitk = None
+
+
+def find_modality(image, modality: str = "auto", *, assume_hu: bool = False, values=None) -> str:
+    """What a scan is, "ct" or "mr", never guessed.
+
+    "auto": the DICOM modality where the scan has one; else "ct" where values reach below -500 and above 0, which only
+    HU do; else MODALITY_UNKNOWN. With "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits,
+    nothing below -500, nothing above 0) unless `assume_hu`, meant for crops that lie within the body. `values`: the
+    image's smallest and largest, where known already.
+    """
+    if modality not in ("auto", "ct", "mr"):
+        raise ValueError(f"modality is 'auto', 'ct' or 'mr', got {modality!r}")
+    tag = image.GetMetaData(MODALITY_TAG).strip().upper() if image.HasMetaDataKey(MODALITY_TAG) else ""
+    declared = {"CT": "ct", "MR": "mr"}.get(tag)
+    if tag and (declared is None or modality not in ("auto", declared)):
+        reason = " (SUV needs dose, weight and times, and no model here was trained on it)" if tag == "PT" else ""
+        kind = tag if tag in MODALITIES else "another kind"
+        raise VolumeError(
+            VolumeFault.MODALITY_UNSUPPORTED,
+            f"The scan says that it is {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
+            "expected. Give such a scan, or set modality to what it is.",
+        )
+    lo, hi = values or value_range(image)
+    looks_hu = lo < -500 and hi > 0 and image.GetPixelID() not in (sitk.sitkInt8, sitk.sitkUInt8)
+    found = declared or modality
+    if found == "auto" and looks_hu:
+        found = "ct"
+    if found == "auto":
+        raise VolumeError(
+            VolumeFault.MODALITY_UNKNOWN,
+            f"The scan does not say what it is, and its values ({lo:g} to {hi:g}) are not surely HU. "
+            "Set modality to 'ct' or 'mr'.",
+        )
+    if found == "ct" and not looks_hu and not assume_hu:
+        raise VolumeError(
+            VolumeFault.NOT_HU,
+            f"A CT was expected, but the values ({lo:g} to {hi:g}) cannot be HU: air is at -1000 and water at 0. "
+            "Undo the scaling (often: add the intercept), or set assume_hu for a crop that lies within the body.",
+        )
+    return found
+
+
+def value_range(image) -> tuple[float, float]:
+    """Smallest and largest value of an image."""
+    array = sitk.GetArrayViewFromImage(image)
+    return float(array.min()), float(array.max())
+
+
+def intensity_window(
+    image,
+    *,
+    modality: str = "auto",
+    window=(-1000.0, 1000.0),
+    percentiles=(0.5, 99.5),
+    assume_hu: bool = False,
+    values=None,
+) -> tuple[float, float]:
+    """(lo, hi) in the scan's own units that become 0 and 1.
+
+    CT: `window` in HU. MR: `percentiles` of the voxels that are not 0 (0 is what scanners and defacing fill with),
+    which a single bright vessel or spike cannot stretch. `values`: see `find_modality`.
+    """
+    if find_modality(image, modality, assume_hu=assume_hu, values=values) == "ct":
+        return float(window[0]), float(window[1])
+    array = sitk.GetArrayViewFromImage(image)
+    array = array[:: 1 + array.shape[0] // 256, :: 1 + array.shape[1] // 256, :: 1 + array.shape[2] // 256]
+    array = array[array != 0]  # every n-th voxel of a large scan has the same percentiles
+    lo, hi = np.percentile(array, percentiles) if array.size else (0.0, 0.0)
+    if not hi > lo:
+        raise VolumeError(
+            VolumeFault.CONSTANT_IMAGE,
+            f"Nearly all voxels that are not 0 have one value ({lo:g}): there is no contrast to scale. Check the "
+            "scan.",
+        )
+    return float(lo), float(hi)
+
+
+def scale_intensity(x, *, window: tuple[float, float], scaling: str = "window") -> np.ndarray:
+    """float32 (D, H, W) in [0, 1] from a resampled image, or an array.
+
+    scaling: "window" maps lo to 0 and hi to 1, the same for every scan; "minmax" the smallest and largest value after
+    clipping to the window (the release's: the same tissue then depends on what else is in view).
+    """
+    x = sitk.GetArrayFromImage(x) if isinstance(x, sitk.Image) else np.array(x)
+    return scale_in_place(x.astype(np.float32, copy=False), window, scaling)
+
+
+def scale_in_place(x: np.ndarray, window, scaling: str) -> np.ndarray:
+    """`scale_intensity` in the array's own memory."""
+    if scaling not in ("window", "minmax"):
+        raise ValueError(f"scaling is 'window' or 'minmax', got {scaling!r}")
+    lowest, highest = float(x.min()), float(x.max())
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise VolumeError(VolumeFault.NON_FINITE, "The volume holds NaN or inf; clean it before it is scaled.")
+    lo, hi = (float(window[0]), float(window[1]))
+    if lowest < lo or highest > hi:
+        np.clip(x, lo, hi, out=x)
+        lowest, highest = float(x.min()), float(x.max())
+    if lowest == highest:
+        raise VolumeError(
+            VolumeFault.CONSTANT_IMAGE,
+            f"Within the window {window} the volume has one value, {lowest:g}. Check the scan and the window.",
+        )
+    if scaling == "minmax":
+        lo, hi = lowest, highest
+    x -= lo
+    x /= hi - lo
+    return x
