@@ -186,18 +186,8 @@ def inspect(args):
     """Report on a scan as the processor of --model would read it; the weights are not loaded."""
     options = {} if args.modality is None else {"modality": args.modality}
     settings = load_processor(args.model, **options).image_processor
-    names = [
-        "modality",
-        "window",
-        "percentiles",
-        "scaling",
-        "assume_hu",
-        "spacing",
-        "orientation",
-        "max_voxels",
-        "tilt",
-    ]
-    fields = {name: getattr(settings, name) for name in [*names, "gaps", "monochrome1", "fill_nonfinite"]}
+    names = "modality window percentiles scaling assume_hu spacing orientation max_voxels tilt gaps monochrome1"
+    fields = {name: getattr(settings, name) for name in [*names.split(), "fill_nonfinite"]}
     read = {"series": args.series, "frame": args.frame, "size": settings.grid}
     report = shipped("inspect_photon.inspect_volume")(args.scans[0], **fields, **read)
     print(json.dumps(report.as_dict()) if args.json else report)

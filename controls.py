@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ask import shipped
+
 CONTROLS = ("random", "flipped")
 
 
@@ -24,6 +26,7 @@ class ControlScheduler(nn.Module):
         if control not in CONTROLS:
             raise ValueError(f"control is {control!r}; expected one of {', '.join(CONTROLS)}.")
         self.scheduler, self.control, self.seed = scheduler, control, seed
+        self.most_salient = shipped("scheduling_photon.most_salient")
 
     def forward(self, *args, **kwargs):
         """As `TokenScheduler.forward`."""
@@ -33,6 +36,4 @@ class ControlScheduler(nn.Module):
         if self.control == "random":
             chance = torch.Generator().manual_seed(self.seed)
             score = torch.rand(score.shape, generator=chance).to(score.device)
-        order = score.masked_fill(~visual, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        chosen = torch.arange(order.shape[1], device=order.device) < schedule.keep.sum(-1, keepdim=True)
-        return replace(schedule, keep=torch.zeros_like(visual).scatter(1, order, chosen))
+        return replace(schedule, keep=self.most_salient(score, visual, schedule.keep.sum(-1)))

@@ -524,8 +524,6 @@ def answer_groups(args, device, groups, done, rank):
         **{name: getattr(args, name) for name in names},
     )
     if args.scheduler in CONTROLS:
-        if not isinstance(model, VolumeModel):
-            raise RunError(f"--scheduler {args.scheduler}: only Photon has a scheduler; leave it out.")
         decoder = model.model.model.language_model
         decoder.scheduler = ControlScheduler(decoder.scheduler, args.scheduler, args.seed)
     by_letter = args.choices == "logprob"

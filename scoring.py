@@ -129,8 +129,8 @@ def read_letter(text, choices, benchmark):
         found = text
     elif benchmark == "3d-rad":
         found = " ".join(text.split()).upper()
-    elif (word := text.strip().removesuffix(".").casefold()) in {choice.casefold() for choice in choices}:
-        found = next(choice for choice in choices if choice.casefold() == word)  # choices may be words
+    elif word := {c.casefold(): c for c in choices}.get(text.strip().removesuffix(".").casefold()):
+        found = word  # choices may be words
     else:
         match = re.match(r"\s*\(?([A-Za-z])\s*(?:[.:)]|$)", text)
         found = match[1].upper() if match else None

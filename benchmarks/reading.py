@@ -138,7 +138,7 @@ def main() -> None:
     if args.peak_of:
         return print_peak(args.peak_of)
     volume, shape = load_project(), PRESETS[args.preset]
-    files = sys.modules[volume.read_nifti.__module__]
+    nifti = sys.modules[volume.read_nifti.__module__]
     with tempfile.TemporaryDirectory() as folder:
         path, image = Path(folder) / "scan.nii.gz", phantom(shape)
         sitk.WriteImage(image, path)
@@ -147,7 +147,7 @@ def main() -> None:
         jobs = {
             "this project": lambda: ours(volume, path),
             "the release": lambda: release(path),
-            "limit: inflate once": lambda: inflate(path, files.fast_gzip.open),
+            "limit: inflate once": lambda: inflate(path, nifti.fast_gzip.open),
             "limit: interpolate once": lambda: interpolate(image, grid),
         }
         seconds, memory, packed = best(jobs, args.repeats), peak(path), path.stat().st_size
@@ -161,7 +161,7 @@ def main() -> None:
     rows = [{"name": name, "seconds": round(value, 4)} for name, value in seconds.items()]
     print(f"{shape[2]} x {shape[1]} x {shape[0]} int16, {raw / 1e6:.0f} MB, {packed / 1e6:.0f} MB deflated")
     report(torch.device("cpu"), rows, ratios, args.json)
-    print(f"mean difference to the release {difference:.4f} of the input range; inflater: {files.fast_gzip.__name__}")
+    print(f"mean difference to the release {difference:.4f} of the input range; inflater: {nifti.fast_gzip.__name__}")
 
 
 if __name__ == "__main__":

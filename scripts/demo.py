@@ -63,10 +63,7 @@ def scans(output):
     sitk.WriteImage(image, str(output / PHANTOM["NIfTI"]), useCompression=True)
     write_dicom(image, output / PHANTOM["DICOM folder"])
     truth = {lesion["organ"] for lesion in facts["lesions"]}
-    listed = [
-        ("phantom (NIfTI)", output / "phantom.nii.gz", truth),
-        ("phantom (DICOM)", output / "phantom_dicom", truth),
-    ]
+    listed = [(f"phantom ({kind})", output / name, truth) for kind, name in PHANTOM.items()]
     for name, path in (("real CT (NIfTI)", DATA / "example_ct.nii.gz"), ("real CT (DICOM)", DATA / "ct_dicom")):
         if path.exists():
             listed.append((f"{name}; the model has learnt phantoms alone, so its answers say nothing", path, None))

@@ -127,7 +127,7 @@ def phases(state, path):
     at = [line["step"] for line in some]
     axes[1].fill_between(at, [r["kept_min"] for r in some], [r["kept_max"] for r in some], color="0.85")
     axes[1].plot(at, [r["kept"] for r in some], color="C2")
-    axes[1].set(ylabel="share kept\\n(mean; least to most)".replace("\\\\n", "\\n"), ylim=(0, 1.02))
+    axes[1].set(ylabel="share kept", ylim=(0, 1.02))
     axes[2].plot(at, [r["threshold"] for r in some], color="C4")
     axes[2].set(ylabel="threshold", xlabel="optimiser step")
     changes = [(a["step"], b["phase"]) for a, b in zip(some, some[1:], strict=False) if a["phase"] != b["phase"]]
