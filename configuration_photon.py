@@ -17,7 +17,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 )
 
 SALIENCIES = ("logits", "attention")
-SURROGATES = ("release", "taylor")
+SURROGATES = ("release", "taylor", "gate")
 
 
 @strict
@@ -38,6 +38,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
             0's, deleted before it.
         saliency (`str`, defaults to `"logits"`):
             `"logits"`: scaled dot products, as the release. `"attention"`: their softmax over the visual tokens.
+        saliency_gradient (`bool`, defaults to `False`):
+            Whether gradients pass from the keep probabilities through the saliency into the scheduling layer's
+            queries and keys, so that training moves the ranking of the tokens. Without it, as in the release, it
+            learns one number for a scan and a question, the threshold.
         evict_early_layers (`bool`, defaults to `False`):
             Whether deleted tokens also leave the caches of layers 0..`scheduler_layer`. The release does so, which
             makes decoding differ from training; a conversation then answers from the kept tokens alone.
@@ -53,8 +57,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
         min_kept_tokens (`int`): at least so many visual tokens stay in a row that has any.
         saliency_eps, centrality_floor (`float`): guards of the min-max scaling and of the question weights.
         surrogate (`str`, defaults to `"taylor"`):
-            Sign rule of the gradient that reaches the keep probabilities: `"release"` or `"taylor"` (section 3 of
-            the method; the two push the threshold in opposite directions).
+            The gradient that reaches the keep probabilities p. `"release"` or `"taylor"`: the paper's rule with one
+            sign or the other; the two push the threshold in opposite directions. `"gate"`: log p of each token is
+            added to the attention logits of its key above the cut, in the hard phase less its own value, so that
+            nothing but a gradient is added; needs sdpa or eager attention in training.
         surrogate_scale, surrogate_std_floor, surrogate_clip, surrogate_magnitude_min, surrogate_magnitude_max,
         surrogate_slope_floor, surrogate_eps (`float`): constants of that gradient.
         band_low, band_high, band_weight (`float`): the mean keep probability is pushed into [band_low, band_high].
@@ -86,6 +92,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     # --- ITS: instruction-conditioned token scheduling
     scheduler_layer: int | None = None
     saliency: str = "logits"
+    saliency_gradient: bool = False
     evict_early_layers: bool = False
     use_scheduler: bool = True
     threshold_max: float | int = 0.9

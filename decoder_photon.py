@@ -26,8 +26,10 @@ from .scheduling_photon import (
     Float32Linear,
     TokenScheduler,
     cut_index,
+    gate_mask,
     gather_places,
     masked_index,
+    scatter_places,
     soft_weight,
     surrogate_gather,
 )
@@ -59,7 +61,12 @@ class PhotonModelOutputWithPast(BaseModelOutputWithPast):
 
 
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
-    """The scheduling layer. Scores are taken inside its forward, where sharded weights are at hand."""
+    """The scheduling layer. Scores are taken inside its forward, where sharded weights are at hand; with
+    `look_gradient` they carry one."""
+
+    def __init__(self, config, layer_idx, look_gradient=False):
+        super().__init__(config, layer_idx)
+        self.look_gradient = look_gradient
 
     def forward(self, hidden_states, *args, look_at=None, look_only=False, position_embeddings=None, **kwargs):
         """
@@ -68,13 +75,13 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         Returns: hidden states (`None` if `look_only`), and with `look_at` queries (B, H, Q, d), question keys
             (B, G, Q, d), visual keys (B, G, V, d).
         """
-        looks = () if look_at is None else self.look(hidden_states, position_embeddings, *look_at)
+        with torch.set_grad_enabled(self.look_gradient and torch.is_grad_enabled()):
+            looks = () if look_at is None else self.look(hidden_states, position_embeddings, *look_at)
         if look_only:
             return None, *looks
         hidden_states = super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         return (hidden_states, *looks) if looks else hidden_states
 
-    @torch.no_grad()
     def look(self, hidden_states, position_embeddings, question_index, visual_index):
         def project(linear, index):  # (B, S, D) -> (B, heads, N, d)
             normed = self.input_layernorm(gather_places(hidden_states, index))
@@ -113,7 +120,7 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         super().__init__(config)
         self.photon = photon
         self.look_layer = max(photon.scheduler_layer, 0)
-        self.layers[self.look_layer] = PhotonDecoderLayer(config, self.look_layer)
+        self.layers[self.look_layer] = PhotonDecoderLayer(config, self.look_layer, photon.saliency_gradient)
         self.scheduler = TokenScheduler(config.hidden_size, photon)
         self.scheduler_phase = "hard"
         self.post_init()
@@ -199,23 +206,33 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             schedule = self.scheduler(*looks, question, visual, layer.self_attn.scaling, keep_count, flip).to(device)
             visual_index, visual = visual_index.to(device), visual.to(device)
             phase = self.scheduler_phase if self.training else "hard"
+            gate = None  # (B, S): what is added to the attention logits of each key above the cut
+            if self.training and phase != "dense" and self.photon.surrogate == "gate":
+                gate = scatter_places(schedule.log_prob, visual_index, visual, length)
             if phase == "dense":
                 hidden_states = hidden_states + 0.0 * schedule.keep_prob.sum().to(hidden_states.dtype)
+            elif phase == "soft" and gate is not None:
+                mask = self._gated(mask, gate, hidden_states)
             elif phase == "soft":
                 hidden_states = soft_weight(hidden_states, schedule, visual_index, visual)
             else:
                 real = real_places(attention_mask, visual_mask)
                 keep_index = cut_index(visual_mask.to(device), schedule.keep, real.to(device))
-                hidden_states = surrogate_gather(
-                    hidden_states, schedule, visual_index, visual, keep_index, self.photon,
-                    None if row_weight is None else row_weight.to(device),
-                )  # (B, S', D)  # fmt: skip
+                if gate is not None:
+                    gate = gather_places(gate - gate.detach(), keep_index)  # 0, with the gradient of the gates
+                    hidden_states = gather_places(hidden_states, keep_index)
+                else:
+                    hidden_states = surrogate_gather(
+                        hidden_states, schedule, visual_index, visual, keep_index, self.photon,
+                        None if row_weight is None else row_weight.to(device),
+                    )  # (B, S', D)  # fmt: skip
                 position_ids = torch.stack([gather_places(axis, keep_index) for axis in position_ids])
                 embeddings, text_positions = self.rotary_emb(hidden_states, position_ids), None
                 if past_key_values is not None:
                     self._cut_cache(past_key_values, keep_index, length, schedule)
                 if cut_layer < len(self.layers):
                     mask = self._mask(hidden_states, keep_index >= 0, past_key_values, cut_layer, cut=False)
+                    mask = mask if gate is None else self._gated(mask, gate, hidden_states)
             if cut_layer == 0:
                 hidden_states = run(layer, hidden_states)
         if self.training and visual_mask is None:
@@ -241,6 +258,15 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             position_ids=positions,
             layer_idx=layer,
         )
+
+    def _gated(self, mask, gate, hidden_states):
+        """A layer's mask with the gates (B, S) of its keys."""
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f'surrogate="gate" adds to attention logits, which {self.config._attn_implementation} does not take. '
+                'Train with attn_implementation="sdpa" or "eager", or with another surrogate.'
+            )
+        return gate_mask(mask, gate.to(hidden_states.dtype))
 
     def _cut_cache(self, cache, keep_index, length, schedule):
         """Note the cut in the cache; with `evict_early_layers` delete the keys and values of layers 0..l too."""

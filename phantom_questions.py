@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 
-from phantom_anatomy import COUNT_ORGANS, FOV_ORGANS, LESION_ORGANS
+from phantom_anatomy import COUNT_ORGANS, FOV_ORGANS, LABELS, LESION_ORGANS
 from phantom_patient import CHANGES, stream
 
 ANSWERS = {
@@ -85,7 +85,12 @@ def patient_questions(folder, scans, split, config):
         name = "-".join([patient, "".join(str(s) for s in which), task, *key.split()])
         files = [[f"{folder}/scan{s}{kind}.nii.gz" for s in which] for kind in ("", "_organs", "_lesions")]
         yield {"id": name, "patient": patient, "split": split, "task": task, "key": key, "answer": answer,
-               "volumes": files[0], "labels": files[1], "lesions": files[2]}  # fmt: skip
+               "volumes": files[0], "labels": files[1], "lesions": files[2], "evidence": evidence(key)}  # fmt: skip
+
+
+def evidence(key):
+    """Labels of the organs that a question's key names: one organ, a pair's two, or without a key all with lesions."""
+    return [LABELS[name] for name in (LESION_ORGANS if key in ("", "kidney", "lung") else (key,)) if key in name]
 
 
 def write_questions(candidates, seed, config):

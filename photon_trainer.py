@@ -21,6 +21,7 @@ from convert_photon import photon_class
 from muon import MuonAdamW, by_muon
 from packing import pack_questions
 from perturbations import draw_rows, perturb_rows, stream
+from token_labels import evidence_losses
 from training_data import ScanSampler
 
 try:
@@ -30,7 +31,7 @@ except ImportError:  # not on Windows
 
 PHASES = ("dense", "soft", "hard")
 GROUPS = ("decoder", "vision", "aligner", "scheduler")
-SUMS = ("lm_loss", "band_loss", "token_loss", "tokens", "rows", "robust_rows", "flip_rows", "kept_sum", "kept_rows",
+SUMS = ("lm_loss", "band_loss", "token_loss", "evidence_loss", "tokens", "rows", "robust_rows", "flip_rows", "kept_sum", "kept_rows",
         "threshold_sum")  # fmt: skip
 MINIMA, MAXIMA = ("kept_min",), ("kept_max", "peak_gib")
 
@@ -108,10 +109,16 @@ class PhotonTrainer(Trainer):
         prompt_collator: rows to prompts without their answer, for evaluation.
         max_new_tokens: longest answer in evaluation.
         token_head, token_weight: a `TokenHead` within the model, and the weight of its loss.
+        tokens_alone: the vision tower learns from the token head, and the decoder is left out.
+        evidence_weight: of the loss by which the scheduler learns to keep the labels that a question is about; 0: none.
     """
 
-    def __init__(self, *args, stage, prompt_collator, max_new_tokens, token_head=None, token_weight=1.0, **kwargs):
+    def __init__(
+        self, *args, stage, prompt_collator, max_new_tokens, token_head=None, token_weight=1.0, tokens_alone=False,
+        evidence_weight=0.0, **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.tokens_alone, self.evidence_weight = tokens_alone, evidence_weight
         self.stage, self.prompt_collator, self.max_new_tokens = stage, prompt_collator, max_new_tokens
         self.token_head, self.token_weight = token_head, token_weight
         self.objective = photon_class("objectives_photon.Objective")
@@ -132,6 +139,10 @@ class PhotonTrainer(Trainer):
         inputs = dict(inputs)
         volume_count, examples = inputs.pop("volume_count").tolist(), inputs.pop("example").tolist()
         targets = inputs.pop("token_targets", None)  # a list, one a volume
+        evidence, shown = inputs.pop("evidence", None), inputs.get("volume_index")
+        of_rows = None
+        if self.evidence_weight and targets is not None:
+            of_rows = [[targets[scan] for scan in scans.tolist()] for scans in shown.split(volume_count)]
         kinds = ["answer"] * len(examples)
         if self.logged_step is None:
             self.logged_step = self.state.global_step
@@ -143,6 +154,14 @@ class PhotonTrainer(Trainer):
         # by scaling the loss; here the model must know, since the surrogate gradient does not follow such a scale.
         ranks = self.accelerator.num_processes
         items = None if num_items_in_batch is None else num_items_in_batch / ranks
+        if self.tokens_alone and model.training:
+            scans = {name: inputs[name] for name in ("pixel_values_videos", "video_grid_thw", "volume_index")}
+            model.model.get_video_features(**scans)
+            loss = self.token_weight * self.token_loss(inputs, volume_count, targets, items)
+            self.terms.add(
+                token_loss=loss, tokens=targets[0].shape[0] * len(targets), peak_gib=peak_memory(loss.device)
+            )
+            return loss
         given = inputs
         if self.args.pack_questions:
             given = self.packed(model, inputs, volume_count)
@@ -151,6 +170,12 @@ class PhotonTrainer(Trainer):
         if token_loss is not None:
             loss = loss + self.token_weight * token_loss
             self.terms.add(token_loss=token_loss / ranks)
+        if of_rows is not None:
+            answer = torch.tensor([kind == "answer" for kind in kinds], device=loss.device)
+            share = (inputs["labels"][:, 1:] != -100).sum(-1) * answer / items  # (B,), as every other term
+            evidence_loss = evidence_losses(outputs.keep_prob, outputs.visual_count, of_rows, evidence) @ share.float()
+            loss = loss + self.evidence_weight * evidence_loss
+            self.terms.add(evidence_loss=evidence_loss / ranks)
         self.note(inputs, outputs, kinds)
         return (loss, outputs) if return_outputs else loss
 
@@ -230,7 +255,8 @@ class PhotonTrainer(Trainer):
         """Figures since the last log: loss terms a step, the kept ratio over rows with scans."""
         seconds = time.perf_counter() - self.terms.clock
         values, steps = self.terms.gathered(self.accelerator), max(self.state.global_step - self.logged_step, 1)
-        names = ("lm_loss", "band_loss", *(["token_loss"] if self.token_head else []))
+        names = ["lm_loss", "band_loss", *(["token_loss"] if self.token_head else [])]
+        names += ["evidence_loss"] if self.evidence_weight else []
         figures = {name: values[name] / steps for name in names}
         if values["kept_rows"]:
             figures["kept"] = values["kept_sum"] / values["kept_rows"]

@@ -29,6 +29,10 @@ class Schedule:
     saliency_logits: torch.Tensor  # float32
     visual_count: torch.Tensor  # (B,) long, visual tokens of each row
 
+    @property
+    def log_prob(self):
+        return self.keep_prob.clamp(min=torch.finfo(torch.float32).tiny).log()
+
     def to(self, device):
         return Schedule(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
@@ -147,7 +151,7 @@ class ThresholdPredictor(nn.Module):
 class TokenScheduler(nn.Module):
     """Instruction-conditioned token scheduling (ITS): a row's question decides which of its visual tokens stay.
 
-    The saliency carries no gradient; the threshold does, through `Schedule.keep_prob`.
+    The threshold carries a gradient, through `Schedule.keep_prob`; the saliency does with `saliency_gradient` alone.
     """
 
     def __init__(self, hidden_size, config):
@@ -168,7 +172,8 @@ class TokenScheduler(nn.Module):
         Returns: `Schedule`.
         """
         config = self.config
-        with torch.autocast(queries.device.type, enabled=False), torch.no_grad():
+        learn = config.saliency_gradient and torch.is_grad_enabled()
+        with torch.autocast(queries.device.type, enabled=False), torch.set_grad_enabled(learn):
             queries, question_keys, visual_keys = queries.float(), question_keys.float(), visual_keys.float()
             queries = queries * question[:, None, :, None]
             weights = question_weights(queries, question_keys, question, scaling, config.centrality_floor)
@@ -177,7 +182,7 @@ class TokenScheduler(nn.Module):
             else:
                 logits = saliency_logits(queries, visual_keys, weights, scaling) * visual
             saliency = scale_saliency(logits, visual, config.saliency_eps)
-            statistics = saliency_statistics(saliency, logits, visual)
+            statistics = saliency_statistics(saliency.detach(), logits.detach(), visual)
         with torch.autocast(queries.device.type, enabled=False):
             threshold = self.predictor(statistics)  # (B, 1)
             keep_prob = ((saliency - threshold) / config.keep_temperature).sigmoid() * visual
@@ -189,7 +194,7 @@ class TokenScheduler(nn.Module):
             keep |= most_salient(saliency, visual, floor) & (keep.sum(-1) < floor)[:, None]
         else:
             keep = most_salient(saliency, visual, torch.minimum(keep_count.clamp(min=0), visual.sum(-1)))
-        return Schedule(keep, keep_prob, threshold, saliency, logits, visual.sum(-1))
+        return Schedule(keep, keep_prob, threshold, saliency.detach(), logits.detach(), visual.sum(-1))
 
 
 def most_salient(saliency, visual, count):
@@ -272,6 +277,26 @@ def gather_places(tensor, index):
     return tensor.gather(1, places) * (index >= 0).view(shape).to(tensor.dtype)
 
 
+def scatter_places(values, index, real, length):
+    """values (B, N) to their places in (B, length), 0 elsewhere; index (B, N), real (B, N) as of `masked_index`."""
+    out = values.new_zeros(values.shape[0], length)
+    return out.scatter_add(1, index, torch.where(real, values, 0.0))
+
+
+def gate_mask(mask, gate):
+    """An attention mask with a gate for each key: `gate` (B, S) is added to its logits.
+
+    A gate of log(p) weighs a key by p against the others, so that p = 0 is the key's deletion. Scaling a hidden state
+    by p is not: the norm in front of the next attention undoes it.
+    mask (B, 1, S, S): bool, True where seen, or additive; `None` for a causal one. Returns (B, 1, S, S), additive.
+    """
+    if mask is None:
+        mask = torch.ones(1, 1, gate.shape[1], gate.shape[1], dtype=torch.bool, device=gate.device).tril()
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=gate.dtype).masked_fill(~mask, torch.finfo(gate.dtype).min)
+    return (mask + gate[:, None, None, :]).clamp(min=torch.finfo(gate.dtype).min)
+
+
 class SurrogateGather(torch.autograd.Function):
     """Delete tokens; on the way back, tell each visual token's keep probability which way the loss would like it."""
 
@@ -341,6 +366,5 @@ def surrogate_gather(hidden, schedule, visual_index, visual, index, rule, row_we
 
 def soft_weight(hidden, schedule, visual_index, visual):
     """The soft phase: visual hidden states times their keep probability, by ordinary autograd. Returns (B, S, D)."""
-    factor = torch.where(visual, schedule.keep_prob, 1.0) - 1.0
-    weights = hidden.new_ones(hidden.shape[:2], dtype=torch.float32).scatter_add(1, visual_index, factor)
+    weights = 1.0 + scatter_places(schedule.keep_prob - 1.0, visual_index, visual, hidden.shape[1])
     return hidden * weights[..., None].to(hidden.dtype)

@@ -3,6 +3,9 @@
 Answers alone say very little about where to look; a tower that starts from random weights then stays at chance for a
 long time. With label maps beside the scans, a linear head on the visual tokens learns each token's organs and lesions.
 It is dropped when the model is saved.
+
+The same label maps can teach the scheduler (`--evidence-weight`): of a question that names the labels that it is about,
+the tokens that hold them are the evidence, and those are to be kept.
 """
 
 from pathlib import Path
@@ -19,6 +22,9 @@ try:
     import SimpleITK as sitk
 except ImportError as error:
     raise ImportError("token labels are read with SimpleITK, which is missing: pip install SimpleITK") from error
+
+
+PRESENT = 0.02  # share of a patch's voxels from which a class, or its lesion, counts as there
 
 
 class TokenLabels:
@@ -85,8 +91,6 @@ class TokenHead(nn.Module):
     Args: size of a visual token; patches of a token; classes of the label maps.
     """
 
-    PRESENT = 0.02  # share of a patch's voxels from which a class, or its lesion, counts as there
-
     def __init__(self, size, patches, classes):
         super().__init__()
         self.shape, self.logits = (patches, 2, classes), []
@@ -116,12 +120,39 @@ class TokenHead(nn.Module):
             organ, lesion = logits[begin : begin + len(target)].unbind(-2)  # (T, P, C)
             begin += len(target)
             organs, lesions = target.unbind(-2)
-            there = organs > self.PRESENT
+            there = organs > PRESENT
             there[..., 0] = False  # background
-            lesion = F.binary_cross_entropy_with_logits(lesion, (lesions > self.PRESENT).float(), reduction="none")
+            lesion = F.binary_cross_entropy_with_logits(lesion, (lesions > PRESENT).float(), reduction="none")
             organ = -(organs * organ.log_softmax(-1)).sum(-1).mean()
             losses.append(organ + (lesion * there).sum() / there.sum().clamp(min=1))
         return torch.stack(losses)
 
 
-__all__ = ["TokenHead", "TokenLabels"]
+def evidence_tokens(targets, evidence):
+    """Which visual tokens hold one of the labels `evidence` in a patch. targets: a list of (T, P, 2, C) of
+    `TokenLabels`, of the scans that a row shows. Returns (V,) bool, V the tokens of all of them."""
+    shares = torch.cat(targets)[:, :, 0]  # (V, P, C)
+    return (shares[..., evidence] > PRESENT).any(-1).any(-1)
+
+
+def evidence_losses(keep_prob, visual_count, targets, evidence):
+    """How far each row is from keeping its evidence and nothing else: cross-entropy of the keep probabilities, with
+    tokens that are evidence and tokens that are not weighing alike, as few are.
+
+    Args: keep_prob (B, V); visual_count (B,); targets: for each row the list of its scans' targets, `evidence`: for each
+        row its labels. Rows without labels, or without scans, give 0.
+    Returns: (B,).
+    """
+    losses = []
+    for row, (scans, labels) in enumerate(zip(targets, evidence, strict=True)):
+        prob = keep_prob[row, : int(visual_count[row])].clamp(1e-6, 1 - 1e-6)
+        if not labels or not scans:
+            losses.append(0.0 * prob.sum())
+            continue
+        wanted = evidence_tokens(scans, labels).to(prob.device)
+        parts = [-group.log().mean() for group in (prob[wanted], 1 - prob[~wanted]) if len(group)]
+        losses.append(sum(parts) / len(parts))
+    return torch.stack(losses)
+
+
+__all__ = ["TokenHead", "TokenLabels", "evidence_losses", "evidence_tokens"]

@@ -91,6 +91,13 @@ class DataArguments:
         default=False, metadata={"help": "learn each token's organs and lesions beside answers"}
     )
     token_label_classes: int = field(default=11, metadata={"help": "labels 0 (background) to this - 1"})
+    token_labels_alone: bool = field(
+        default=False, metadata={"help": "learn nothing else: the decoder is left out; one process"}
+    )
+    evidence_weight: float = field(
+        default=0.0,
+        metadata={"help": "learn to keep the tokens that hold a row's `evidence` labels, with this weight; stage tune"},
+    )
     token_label_weight: float = field(default=1.0, metadata={"help": "weight of that loss"})
 
 
@@ -176,9 +183,19 @@ def parse(argv):
         "--muon-learning-rate needs whole matrices of full rank: not with --lora, FSDP or DeepSpeed.": (
             args.muon_learning_rate is not None and (model_args.lora or bool(args.fsdp) or args.deepspeed is not None)
         ),
+        f"--optim {args.optim.value} has no part beside --muon-learning-rate, whose rest is AdamW's. Choose one.": (
+            args.muon_learning_rate is not None and args.optim != TrainingArguments.optim
+        ),
         "--merge-lora needs --lora.": model_args.merge_lora and not model_args.lora,
         "--load-in-4bit needs --lora: weights of 4 bits cannot be trained.": (
             model_args.load_in_4bit and not model_args.lora
+        ),
+        "--token-labels-alone needs --token-labels, --stage dense and one process.": (
+            data_args.token_labels_alone
+            and not (data_args.token_labels and model_args.stage == "dense" and args.world_size == 1)
+        ),
+        "--evidence-weight teaches the scheduler: it needs --stage tune.": (
+            data_args.evidence_weight > 0 and model_args.stage != "tune"
         ),
         "--token-labels trains the vision tower, which --lora freezes. Choose one.": (
             data_args.token_labels and model_args.lora
@@ -203,12 +220,13 @@ def parse(argv):
 def fingerprint(model_args, data_args, args, rows):
     """What makes a run what it is, as JSON."""
     digest = hashlib.blake2b(digest_size=16)
-    for row in rows.remove_columns(["where", "volumes", "labels", "lesions"]):
+    unseen = ["where", "volumes", "labels", "lesions", *([] if data_args.evidence_weight else ["evidence"])]
+    for row in rows.remove_columns(unseen):
         digest.update(json.dumps(row, sort_keys=True).encode())
     data = {key: value for key, value in asdict(data_args).items() if key == "max_length"} | {
         "cached": bool(data_args.cache_dir)
     }
-    data |= {key: value for key, value in asdict(data_args).items() if key.startswith("token_label")}
+    data |= {key: value for key, value in asdict(data_args).items() if key.startswith(("token_label", "evidence"))}
     model = {key: value for key, value in asdict(model_args).items() if key not in ("merge_lora", "save_dtype")}
     settings = {name: getattr(args, name, None) for name in RUN_FIELDS}
     return json.loads(json.dumps({"rows": digest.hexdigest(), **model, **data, **settings}, default=str))
@@ -423,7 +441,11 @@ def load_data(data_args, args, processor):
         if unknown := sorted(set(data_args.tasks) - known):
             raise ValueError(f"--tasks {' '.join(unknown)}: the data has {', '.join(sorted(map(str, known)))}.")
         train = train.filter(lambda task: task in data_args.tasks, input_columns="task")
-    check_files(train, data_args.token_labels)
+    if data_args.token_labels_alone:
+        train = train.filter(len, input_columns="volumes")  # text alone has no tokens to label
+    if data_args.evidence_weight and not any(train["evidence"]):
+        raise ValueError("--evidence-weight: no training row has 'evidence', the labels that its question is about.")
+    check_files(train, data_args.token_labels or data_args.evidence_weight > 0)
     train = train.add_column("length", check_rows(train, processor, data_args.max_length))
     if evaluation is not None:
         check_files(evaluation)
@@ -433,9 +455,10 @@ def load_data(data_args, args, processor):
 
 def build_trainer(model_args, data_args, args, model, processor, train, evaluation):
     token_labels = token_head = None
-    if data_args.token_labels:
-        classes = data_args.token_label_classes
+    classes = data_args.token_label_classes
+    if data_args.token_labels or data_args.evidence_weight:
         token_labels = TokenLabels(processor.image_processor, classes, data_args.cache_dir)
+    if data_args.token_labels:
         patches = processor.image_processor.merge_size**2
         token_head = TokenHead(model.config.text_config.hidden_size, patches, classes)
         token_head.attach(model.model.visual)
@@ -453,6 +476,8 @@ def build_trainer(model_args, data_args, args, model, processor, train, evaluati
         max_new_tokens=data_args.eval_max_new_tokens,
         token_head=token_head,
         token_weight=data_args.token_label_weight,
+        tokens_alone=data_args.token_labels_alone,
+        evidence_weight=data_args.evidence_weight,
     )
 
 

@@ -3,7 +3,8 @@
 A row has `messages` (a chat whose last turn is the assistant's) and `volumes` (a path for each scan, from the file's
 own folder or `volume_root`). In a content list `{"type": "volume"}` stands where a scan goes; in plain text `<volume>`
 or `<video>` does. `videos` is another name of `volumes`, as in the authors' release. Optional: `id`, `task`, `answer`,
-and for `--token-labels` `labels` and `lesions` (label maps beside the scans).
+for `--token-labels` `labels` and `lesions` (label maps beside the scans), and for `--evidence-weight` `labels` and
+`evidence` (the values in them that the question is about).
 
 - `load_rows`: rows with one shape, every fault named by file and line before training starts;
 - `check_files`, `check_rows`: scans that are missing; rows that are too long or leave nothing to learn;
@@ -39,6 +40,7 @@ FEATURES = Features(
         "volumes": List({"path": Value("string"), "series": Value("string"), "frame": Value("int64")}),
         "labels": List(Value("string")),
         "lesions": List(Value("string")),
+        "evidence": List(Value("int64")),
         "answer": Value("string"),
     }
 )
@@ -127,9 +129,12 @@ def _row(record, root):
     for name, paths in maps.items():
         if len(paths) not in (0, len(volumes)):
             raise DataError(f"{len(paths)} {name!r} for {len(volumes)} scans; give one for each, or none")
+    evidence = _list(record, "evidence")
+    if any(type(value) is not int or value < 1 for value in evidence):
+        raise DataError(f"'evidence' is {evidence}; expected values of the label maps, whole numbers from 1")
     known = {name: None if record.get(name) is None else str(record[name]) for name in ("id", "task", "answer")}
     known["answer"] = known["answer"] or _text(messages[-1]).strip()
-    return {"messages": messages, "volumes": volumes, **maps, **known}
+    return {"messages": messages, "volumes": volumes, **maps, "evidence": evidence, **known}
 
 
 def _kind(value):
@@ -141,7 +146,7 @@ def _list(record, name):
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError(f"{name!r} is {_kind(value)}; expected a list of paths")
+        raise DataError(f"{name!r} is {_kind(value)}; expected a list")
     return value
 
 
@@ -335,7 +340,8 @@ class Collator:
     - `volume_count` (B,): scans of each row;
     - `example` (B,): number of each row in the data set;
     - `volume_index`: a scan that several rows ask about is given, and encoded, once (see `PhotonModel.forward`);
-    - `token_targets`, with `token_labels`: for each scan (T, P, 2, C), what each patch of its visual tokens holds.
+    - `token_targets`, with `token_labels`: for each scan (T, P, 2, C), what each patch of its visual tokens holds;
+      `evidence`: for each row a list of the labels that it asks about.
 
     Args:
         max_length: longer rows are refused; nothing is ever cut.
@@ -380,6 +386,7 @@ class Collator:
             index = batch["volume_index"].tolist()
             first = [scans[index.index(volume)] for volume in range(max(index) + 1)]
             batch["token_targets"] = [self.token_labels(row, number) for row, number in first]
+            batch["evidence"] = [row["evidence"] for row in rows]
         return dict(batch)
 
     def _encode(self, rows):

@@ -55,10 +55,16 @@ def main():
                     right = [text == row["answer"].casefold() for text, row in zip(said, batch, strict=True)]
                     hits.setdefault(name, []).extend(right)
     table = [
-        {"scheduler_layer": layer, "saliency": saliency, "kept": share, "accuracy": sum(right) / len(right)}
+        {
+            "scheduler_layer": layer,
+            "saliency": saliency,
+            "kept": share,
+            "accuracy": sum(right) / len(right),
+            "questions": len(right),
+        }
         for (layer, saliency, share), right in sorted(hits.items(), key=lambda item: tuple(map(str, item[0])))
     ]
-    report(torch.device("cpu"), table, {"questions": len(rows)}, options.json)
+    report(torch.device("cpu"), table, {}, options.json)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ GRID, SPACING, PATCH = (84, 70, 98), (4.0, 4.0, 4.0), 7
 WINDOW = (-200.0, 400.0)  # soft tissue fills it
 SEED = 0
 HIDDEN, LAYERS, HEADS, KEY_HEADS = 128, 4, 4, 2
-VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 96, 2, 4
+VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 128, 2, 4
 
 
 def corpus():
@@ -109,7 +109,8 @@ def build_config(tokenizer):
         vision_config=vision,
         tie_word_embeddings=True,
         scheduler_layer=-1,  # before the first layer, where no question has read the scan yet
-        saliency="attention",
+        saliency="logits",
+        saliency_gradient=True,
     )
 
 

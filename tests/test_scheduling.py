@@ -86,6 +86,41 @@ def test_saliency_and_threshold_by_hand(tensors, saliency):
     assert schedule.visual_count.tolist() == [11, 7]
 
 
+@pytest.mark.parametrize("saliency", ["logits", "attention"])
+def test_the_saliency_carries_a_gradient_only_when_asked(tensors, saliency):
+    queries, question_keys, visual_keys, question, visual, scaling = tensors
+    names = ("queries", "question_keys", "visual_keys")
+    weight = torch.randn(B, V, generator=torch.Generator().manual_seed(5)).double()
+
+    def keep_prob(scheduler, *looks):
+        return (scheduler(*looks, question, visual, scaling).keep_prob.double() * weight).sum()
+
+    looks = [tensor.clone().requires_grad_() for tensor in (queries, question_keys, visual_keys)]
+    detached = TokenScheduler(32, tiny_config(saliency=saliency))
+    keep_prob(detached, *looks).backward()
+    assert all(tensor.grad is None for tensor in looks)
+    assert detached.predictor.mlp[-1].bias.grad.abs() > 0
+
+    scheduler = TokenScheduler(32, tiny_config(saliency=saliency, saliency_gradient=True))
+    scheduler.load_state_dict(detached.state_dict())
+    torch.nn.init.zeros_(scheduler.predictor.mlp[0].weight)  # a fixed threshold: its statistics carry no gradient
+    schedule = scheduler(*looks, question, visual, scaling)
+    assert torch.equal(schedule.saliency, detached(*looks, question, visual, scaling).saliency)
+    assert not schedule.saliency.requires_grad and not schedule.saliency_logits.requires_grad
+    keep_prob(scheduler, *looks).backward()
+    chance = torch.Generator().manual_seed(6)
+    for name, tensor in zip(names, looks, strict=True):
+        direction = torch.randn(tensor.shape, generator=chance)
+        with torch.no_grad():
+            ends = [
+                keep_prob(scheduler, *(t + step * direction if t is tensor else t for t in looks))
+                for step in (1e-3, -1e-3)
+            ]
+        slope = float(ends[0] - ends[1]) / 2e-3
+        assert float((tensor.grad * direction).sum()) == pytest.approx(slope, rel=2e-2, abs=2e-4), name
+        assert tensor.grad.abs().max() > 1e-4, name
+
+
 def test_initial_threshold_keeps_nearly_all():
     model = photon_class("modeling_photon.PhotonForConditionalGeneration")(tiny_config())
     predictor = model.model.language_model.scheduler.predictor

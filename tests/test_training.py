@@ -94,10 +94,12 @@ def write_data(folder):
             "volumes": [names[i] for i in scans],
             "labels": [f"{i}_organs.nii.gz" for i in scans],
             "lesions": [f"{i}_lesions.nii.gz" for i in scans],
+            "evidence": [1 + len(answer) % 2] if scans else [],
             "messages": ask(question, len(scans)) + say(answer),
         })  # fmt: skip
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "two.jsonl", [rows[3], rows[2]])
+    write_rows(folder / "scans.jsonl", [rows[3], rows[0]])
     return folder
 
 
@@ -270,13 +272,15 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(arguments, tmp_path, lor
 
 
 def test_small_batches_add_up_to_a_large_one(arguments):
-    """Every term, with text-only rows, perturbed and flipped rows, and the token head."""
+    """Every term, with text-only rows, perturbed and flipped rows, the token head and the evidence."""
     more = [
         *PHASES,
         *MIXED,
         "--token-labels",
         "--token-label-classes",
         "3",
+        "--evidence-weight",
+        "0.5",
         "--optim",
         "sgd",
         "--learning-rate",
@@ -284,12 +288,34 @@ def test_small_batches_add_up_to_a_large_one(arguments):
     ]
     one = ["--per-device-train-batch-size", "4"]
     four = ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "4"]
-    logs = [logged(train_hf.main(arguments(name, *more, *how, steps=7)), (*TERMS, "token_loss", "grad_norm"))
+    terms = (*TERMS, "token_loss", "evidence_loss", "grad_norm")
+    logs = [logged(train_hf.main(arguments(name, *more, *how, steps=7)), terms)
             for name, how in (("one", one), ("four", four))]  # fmt: skip
     assert_equal_logs(*logs)
-    assert all("token_loss" in line for line in logs[0]) and len({line["kept_min"] for line in logs[0]}) > 2
+    for line in logs[0]:
+        terms = line["lm_loss"] + line["band_loss"] + line["token_loss"] + 0.5 * line["evidence_loss"]
+        assert line["loss"] == pytest.approx(terms, rel=1e-3) and line["evidence_loss"] > 0
+    assert len({line["kept_min"] for line in logs[0]}) > 2
     assert sum(line["flip_rows"] for line in logs[0]) > 0 < sum(line["robust_rows"] for line in logs[0])
     assert any(line["band_loss"] > 0 for line in logs[0])
+
+
+def test_token_labels_alone_leave_the_decoder_out(arguments, model, monkeypatch):
+    names = (*TERMS, "token_loss")
+    labels = ["--token-labels", "--token-label-classes", "3", "--parts", "vision", "aligner"]
+    with_answers = train_hf.main(arguments("answers", *labels, stage="dense", steps=1, file="scans.jsonl"))
+    decoder = photon_class("decoder_photon.PhotonTextModel")
+    monkeypatch.setattr(decoder, "forward", lambda *args, **kwargs: pytest.fail("the decoder ran"))
+    trainer = train_hf.main(
+        arguments("alone", *labels, "--token-labels-alone", stage="dense", steps=2, file="scans.jsonl")
+    )
+    first = logged(trainer, names)[0]
+    assert first["token_loss"] == pytest.approx(logged(with_answers, names)[0]["token_loss"], rel=1e-4)
+    assert first["loss"] == pytest.approx(first["token_loss"], rel=1e-5) and first["lm_loss"] == 0
+    before = load_file(model / "model.safetensors")
+    after = load_file(f"{trainer.args.output_dir}/final/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed == {name for name in before if ".visual." in name}
 
 
 # === Several ranks ===================================================================================================
@@ -596,10 +622,14 @@ def test_a_folder_that_holds_another_run_is_refused(arguments, tmp_path, model):
     (["--lora", "--token-labels"], "which --lora freezes"),
     (["--pack-questions"], "needs --stage dense"),
     (["--muon-learning-rate", "0.1", "--lora"], "needs whole matrices"),
+    (["--muon-learning-rate", "0.1", "--optim", "sgd"], "--optim sgd has no part"),
     (["--parts", "tower"], "expected some of decoder, vision, aligner, scheduler"),
     (["--parts", "vision", "--lora"], "narrows --stage dense and tune"),
     (["--parts", "scheduler", "--stage", "dense"], "needs --stage tune"),
     (["--parts", "decoder", "--token-labels"], "which --parts leaves out"),
+    (["--evidence-weight", "1", "--stage", "dense"], "needs --stage tune"),
+    (["--token-labels-alone", "--stage", "dense"], "needs --token-labels"),
+    (["--token-labels", "--token-labels-alone"], "needs --token-labels, --stage dense and one process"),
     (["--eval-strategy", "steps", "--eval-steps", "1"], "needs --eval-data"),
     (["--lora", "--push-to-hub"], "no use on the Hub"),
     (["--fp16"], "Use --bf16"),

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import perturbations  # noqa: E402
 import training_data  # noqa: E402
 from convert_photon import build_processor  # noqa: E402
-from token_labels import TokenHead, TokenLabels  # noqa: E402
+from token_labels import TokenHead, TokenLabels, evidence_losses, evidence_tokens  # noqa: E402
 from training_data import Collator, DataError, ScanSampler, check_files, check_rows, load_rows  # noqa: E402
 
 GRID, SPACING = (28, 56, 84), (5.0, 3.0, 2.0)  # 2 x 2 x 3 = 12 tokens
@@ -443,6 +443,29 @@ def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1  # head and collator share the prepared scan
     with pytest.raises(DataError, match="row.jsonl line 1: a label map holds labels up to 2"):
         Collator(processor, 1000, token_labels=TokenLabels(processor.image_processor, 2))([row])
+
+
+def test_evidence_is_what_a_token_holds_of_the_labels_asked_about():
+    generator = torch.Generator().manual_seed(4)
+    first, second = torch.zeros(3, 4, 2, 5), torch.zeros(4, 4, 2, 5)
+    first[1, 3, 0, 2] = 0.5  # label 2 in one patch of token 1
+    first[2, :, 0, 4] = 0.01  # too little of label 4
+    second[0, 0, 0, 4] = second[3, 2, 0, 2] = 0.3
+    second[1, 0, 1, 2] = 0.3  # lesions do not count by themselves
+    keep_prob = torch.rand(4, 7, generator=generator).requires_grad_()
+    counts = torch.tensor([7, 3, 4, 0])
+    targets = [[first, second], [first], [second], []]
+    labels = [[2, 4], [3], [], [2]]
+    losses = evidence_losses(keep_prob, counts, targets, labels)
+    wanted = torch.tensor([0, 1, 0, 1, 0, 0, 1]).bool()
+    p = keep_prob.detach()
+    by_hand = (-p[0][wanted].log().mean() - (1 - p[0][~wanted]).log().mean()) / 2
+    none_there = -(1 - p[1, :3]).log().mean()
+    torch.testing.assert_close(losses.detach(), torch.stack([by_hand, none_there, p.new_zeros(()), p.new_zeros(())]))
+    assert evidence_tokens(targets[0], [2, 4]).tolist() == wanted.tolist()
+    losses.sum().backward()
+    assert (keep_prob.grad[0][wanted] < 0).all() and (keep_prob.grad[0][~wanted] > 0).all()
+    assert not keep_prob.grad[1, 3:].any() and not keep_prob.grad[2:].any()
 
 
 def test_the_token_heads_loss():
