@@ -34,16 +34,18 @@ train() {
   local resume=()
   [ -f "$FOLDER/$1/final/model.safetensors" ] && return
   [ -f "$FOLDER/$1/run.json" ] && resume=(--resume)
-  "$PYTHON" train_hf.py "configs/recipe_tiny_$2.yaml" --model "$3" --output-dir "$FOLDER/$1" \
-    --train-data "$FOLDER/data/train.jsonl" --eval-data "$FOLDER/data/val.jsonl" --cache-dir "$FOLDER/cache" \
-    --use-cpu --max-steps "$4" "${resume[@]}" "${@:5}"
+  "$PYTHON" train_hf.py "$2" --model "$3" --output-dir "$FOLDER/$1" \
+    --train-data "$FOLDER/data/train.jsonl" --cache-dir "$FOLDER/cache" --use-cpu --max-steps "$4" "${resume[@]}" \
+    "${@:5}"
 }
-train tower tower "$FOLDER/start" 1100
-train "lesions$SEED" lesions "$FOLDER/tower/final" 300 --seed "$SEED"
-train "dense$SEED" dense "$FOLDER/lesions$SEED/final" 500 --seed "$SEED"
-train "tune$SEED" tune "$FOLDER/dense$SEED/final" 500 --seed "$SEED"
+EVAL=(--seed "$SEED" --eval-data "$FOLDER/data/val.jsonl")
+train tower configs/recipe_tiny_tower.yaml "$FOLDER/start" 1100
+train "lesions$SEED" configs/recipe_tiny_lesions.yaml "$FOLDER/tower/final" 300 "${EVAL[@]}"
+train "dense$SEED" configs/recipe_tiny_dense.yaml "$FOLDER/lesions$SEED/final" 500 "${EVAL[@]}"
+train "tune$SEED" configs/recipe_tiny_tune.yaml "$FOLDER/dense$SEED/final" 500 "${EVAL[@]}"
 if [ "$TWIN" = 1 ]; then # the same rows at the same rates, from all tokens
-  train "twin$SEED" dense "$FOLDER/dense$SEED/final" 500 --seed "$SEED" --questions-together 8 \
-    --per-device-train-batch-size 32 --learning-rate 1e-3 --muon-learning-rate 1.5e-3
+  train "twin$SEED" configs/recipe_tiny_dense.yaml "$FOLDER/dense$SEED/final" 500 "${EVAL[@]}" \
+    --questions-together 8 --per-device-train-batch-size 32 --learning-rate 1e-3 \
+    --muon-learning-rate 1.5e-3
 fi
 echo "The trained model is in $FOLDER/tune$SEED/final"

@@ -22,7 +22,7 @@ from phantom_patient import PhantomConfig, make_patient  # noqa: E402
 
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
 SEED, PATIENT = 1, 3  # the model has seen patients of seed 0
-CONFIG = PhantomConfig(diameters=(18.0, 26.0, 34.0, 42.0), contrast=(110.0, 180.0), ground_glass=0.0)
+CONFIG = PhantomConfig(diameters=(20.0, 28.0, 35.0, 42.0), contrast=(140.0, 210.0), ground_glass=0.0)
 PHANTOM = {"NIfTI": "phantom.nii.gz", "DICOM folder": "phantom_dicom"}
 ORGANS = ("liver", "spleen", "left kidney", "right lung")
 

@@ -693,7 +693,7 @@ def test_recipes_are_arguments(recipe, tmp_path):
     assert model_args.lora == (recipe == "tune_lora") and data_args.token_labels == (recipe == "tiny_tower")
     if model_args.stage == "tune":
         config = photon_class("configuration_photon.PhotonConfig")()
-        assert Phases.of(config, args, 32_000).hard == (0 if recipe == "tiny_tune" else 8000)
+        assert Phases.of(config, args, 32_000).hard == (4800 if recipe == "tiny_tune" else 8000)
 
 
 def test_settings_of_launchers_are_read(model):
@@ -715,5 +715,5 @@ def test_settings_of_launchers_are_read(model):
 def test_runs_name_files_that_are_there(script):
     text = (ROOT / "runs" / script).read_text()
     named = set(re.findall(r"(?<![$/\w])(?:configs/)?[\w/]+\.(?:yaml|json|py)\b", text))
-    assert any(name.startswith("configs/") for name in named)
+    assert any(name.startswith("configs/") for name in named) or script == "tiny_report.sh"
     assert not [name for name in named if not (ROOT / name).is_file()]
