@@ -17,7 +17,7 @@ export MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=8589934592 M
 answers() {
   [ -f "$FOLDER/answers/$1/scores.json" ] && return
   "$PYTHON" -m torch.distributed.run --nproc-per-node 2 evaluate_hf.py --benchmark jsonl --data "$FOLDER/data/test.jsonl" \
-    --volumes "$FOLDER/data" --train "$FOLDER/data/train.jsonl" --cache-dir "$FOLDER/cache" --dtype float32 \
+    --volumes "$FOLDER/data" --cache-dir "$FOLDER/cache" --dtype float32 \
     --batch-size 16 --max-new-tokens 8 --model "$FOLDER/$2/final" --output "$FOLDER/answers/$1" "${@:3}"
 }
 folders() { # of the answers NAME, of all seeds, with commas between
