@@ -151,8 +151,9 @@ is chance:
 Files: `scans/pNNNNN/scanK.nii.gz`, `scanK_organs.nii.gz` ({", ".join(f"{v} {k}" for k, v in LABELS.items())}),
 `scanK_lesions.nii.gz` (the `label` of each lesion in `facts.json`), `facts.json` (mm, ml, LPS); `settings.json`.
 A row holds `id`, `patient`, `split`, `task`, `volumes`, `labels`, `lesions` (paths from this folder), `evidence`
-(labels of the organs that the question is about), `messages`, `answer`, `choices` (null for an open answer). A size is the sphere's diameter to the nearest class; an organ that the
-field of view cuts through is not asked about. Orientation, spacing, pose and field of view differ from scan to scan.
+(labels of the organs that the question is about), `messages`, `answer`, `choices` (null for an
+open answer). A size is the sphere's diameter to the nearest class; an organ that the field of view cuts through is not
+asked about. Orientation, spacing, pose and field of view differ from scan to scan.
 """
 
 

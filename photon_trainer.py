@@ -31,8 +31,8 @@ except ImportError:  # not on Windows
 
 PHASES = ("dense", "soft", "hard")
 GROUPS = ("decoder", "vision", "aligner", "scheduler")
-SUMS = ("lm_loss", "band_loss", "token_loss", "evidence_loss", "tokens", "rows", "robust_rows", "flip_rows", "kept_sum", "kept_rows",
-        "threshold_sum")  # fmt: skip
+SUMS = ("lm_loss", "band_loss", "token_loss", "evidence_loss", "tokens", "rows", "robust_rows", "flip_rows",
+        "kept_sum", "kept_rows", "threshold_sum")  # fmt: skip
 MINIMA, MAXIMA = ("kept_min",), ("kept_max", "peak_gib")
 
 
@@ -110,7 +110,7 @@ class PhotonTrainer(Trainer):
         max_new_tokens: longest answer in evaluation.
         token_head, token_weight: a `TokenHead` within the model, and the weight of its loss.
         tokens_alone: the vision tower learns from the token head, and the decoder is left out.
-        evidence_weight: of the loss by which the scheduler learns to keep the labels that a question is about; 0: none.
+        evidence_weight: of the loss by which the scheduler learns to keep the labels a question is about; 0: none.
     """
 
     def __init__(

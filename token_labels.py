@@ -4,8 +4,8 @@ Answers alone say very little about where to look; a tower that starts from rand
 long time. With label maps beside the scans, a linear head on the visual tokens learns each token's organs and lesions.
 It is dropped when the model is saved.
 
-The same label maps can teach the scheduler (`--evidence-weight`): of a question that names the labels that it is about,
-the tokens that hold them are the evidence, and those are to be kept.
+The same label maps can teach the scheduler (`--evidence-weight`): of a question that names the labels it is about, the
+tokens that hold them are the evidence, and those are to be kept.
 """
 
 from pathlib import Path
@@ -139,7 +139,7 @@ def evidence_losses(keep_prob, visual_count, targets, evidence):
     """How far each row is from keeping its evidence and nothing else: cross-entropy of the keep probabilities, with
     tokens that are evidence and tokens that are not weighing alike, as few are.
 
-    Args: keep_prob (B, V); visual_count (B,); targets: for each row the list of its scans' targets, `evidence`: for each
+    Args: keep_prob (B, V); visual_count (B,); targets: for each row the list of its scans' targets; evidence: for each
         row its labels. Rows without labels, or without scans, give 0.
     Returns: (B,).
     """

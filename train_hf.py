@@ -96,7 +96,7 @@ class DataArguments:
     )
     evidence_weight: float = field(
         default=0.0,
-        metadata={"help": "learn to keep the tokens that hold a row's `evidence` labels, with this weight; stage tune"},
+        metadata={"help": "learn to keep the tokens that hold a row's `evidence` labels, so heavily; stage tune"},
     )
     token_label_weight: float = field(default=1.0, metadata={"help": "weight of that loss"})
 
