@@ -231,9 +231,14 @@ def test_rows_have_the_training_format(data_set):
     assert sorted(row["id"] for row in written) == [row["id"] for row in rows] == sorted({row["id"] for row in rows})
     for row in written:
         assert set(row) == {
-            "id", "patient", "split", "task", "volumes", "labels", "lesions", "messages", "answer", "choices"
+            "id", "patient", "split", "task", "volumes", "labels", "lesions", "evidence", "messages", "answer",
+            "choices",
         }  # fmt: skip
         user, assistant = row["messages"]
+        text = user["content"][-1]["text"]
+        whole = [label for name, label in LABELS.items() if name in text and row["task"] != "largest"]
+        pairs = [label for name, label in LABELS.items() if name.split()[-1] in text]  # "kidney" means both
+        assert row["evidence"] == (whole or pairs) != []
         kinds = [part["type"] for part in user["content"]]
         assert kinds == ["volume"] * len(row["volumes"]) + ["text"]
         assert len(row["volumes"]) == (2 if row["task"] == "comparison" else 1)
