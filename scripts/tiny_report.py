@@ -121,6 +121,8 @@ def phases(state, path):
     steps = [line["step"] for line in lines]
     axes[0].plot(steps, [line["lm_loss"] for line in lines], label="answer, robust and flip rows")
     axes[0].plot(steps, [line["band_loss"] for line in lines], label="band")
+    if all("evidence_loss" in line for line in lines):
+        axes[0].plot(steps, [line["evidence_loss"] for line in lines], label="evidence")
     axes[0].set(ylabel="loss")
     axes[0].legend()
     some = [line for line in lines if "kept" in line]
