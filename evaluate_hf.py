@@ -563,7 +563,8 @@ def summary(args, rows, records):
     """Scores as JSON, with what was refused and how much was kept."""
     train = None
     if args.train:
-        train = load_benchmark(args.benchmark, args.train, split="train", tasks=args.tasks)
+        split = None if args.benchmark == "jsonl" else "train"  # one's own file is what it is named
+        train = load_benchmark(args.benchmark, args.train, split=split, tasks=args.tasks)
     scores = score(rows, {name: record["prediction"] for name, record in records.items()}, train=train,
                    bootstrap=args.bootstrap, seed=args.seed)  # fmt: skip
     refused = {}

@@ -523,6 +523,12 @@ def test_scores_and_comparison_of_files(capsys, data, talker, tmp_path):
     plain = ["--benchmark", "jsonl", "--data", str(data / "questions.jsonl"), "--bootstrap", "9"]
     evaluate_hf.main([*plain, "--score", str(first), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "scores.json").read_text() == (tmp_path / "a" / "scores.json").read_text()
+    train = tmp_path / "train.jsonl"  # an own file is a training file too
+    lines = (data / "questions.jsonl").read_text().replace('"id": "', '"id": "train/')
+    train.write_text(lines.replace('"answer": "B"', '"answer": "A"'))
+    evaluate_hf.main([*plain, "--score", str(first), "--train", str(train), "--output", str(tmp_path / "train")])
+    scores = [(tmp_path / name / "scores.json").read_text() for name in ("train", "again")]
+    assert scores[0] != scores[1]  # the baseline's answers are those of the training file
     evaluate_hf.main([*plain, "--compare", str(first), str(second), "--output", str(tmp_path / "again")])
     assert json.loads((tmp_path / "again" / "comparison.json").read_text())
     capsys.readouterr()
