@@ -443,8 +443,13 @@ def load_data(data_args, args, processor):
         train = train.filter(lambda task: task in data_args.tasks, input_columns="task")
     if data_args.token_labels_alone:
         train = train.filter(len, input_columns="volumes")  # text alone has no tokens to label
-    if data_args.evidence_weight and not any(train["evidence"]):
-        raise ValueError("--evidence-weight: no training row has 'evidence', the labels that its question is about.")
+    if data_args.evidence_weight:
+        highest = max(max(labels, default=0) for labels in train["evidence"])
+        if not 0 < highest < data_args.token_label_classes:
+            raise ValueError(
+                f"--evidence-weight: the highest label in the training rows' 'evidence' is {highest or 'none'}; "
+                f"expected labels from 1 to {data_args.token_label_classes - 1} (--token-label-classes)."
+            )
     check_files(train, data_args.token_labels or data_args.evidence_weight > 0)
     train = train.add_column("length", check_rows(train, processor, data_args.max_length))
     if evaluation is not None:

@@ -6,7 +6,7 @@
 #
 # Times of two cores: 5 minutes for the data, 25 for the tower, 5 for lesions, 10 for all tasks, 5 with the scheduler.
 # 3 GB of memory, 7 GB of disk. Run again, it goes on where it was stopped. The result is FOLDER/tune$SEED/final; the
-# weights of this repository are tune0's. runs/tiny_report.sh makes the README's table and pictures.
+# weights of this repository are tune0's. scripts/tiny_report.sh makes the README's table and pictures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 FOLDER=${1:-tiny}

@@ -2,7 +2,7 @@
 # The README's table and pictures of the tiny model, from three seeds of runs/tiny_cpu.sh:
 #
 #   for SEED in 0 1 2; do SEED=$SEED TWIN=1 bash runs/tiny_cpu.sh tiny; done
-#   bash runs/tiny_report.sh tiny
+#   bash scripts/tiny_report.sh tiny
 #
 # Half an hour on two cores. Run again, it goes on where it was stopped.
 set -euo pipefail
