@@ -13,7 +13,6 @@ Not a medical device.
 import argparse
 import json
 import os
-import re
 import sys
 import time
 import warnings
@@ -21,21 +20,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging
+from transformers import StoppingCriteria
 
-import overlay
+from photon import overlay
+from photon.console import one_line_faults
+from photon.loading import ROOT, load, load_processor
+from photon.scan_intensity_photon import find_modality, intensity_window
+from photon.scan_reader_photon import read_volume
+from photon.scan_report_photon import inspect_volume
 
-ROOT = Path(__file__).resolve().parent
 PICTURES = {".png", ".jpg", ".jpeg", ".pdf", ".svg"}
 IMAGES = (".nii", ".nii.gz", ".nrrd", ".mha")
-HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-
-
-def shipped(name):
-    """A shipped class or function, through the loader that `trust_remote_code=True` uses."""
-    return get_class_from_dynamic_module(name, str(ROOT))
 
 
 class Clock(StoppingCriteria):
@@ -54,39 +49,6 @@ def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def load_processor(folder, **volume_options):
-    """Processor of a local folder or Hub id. volume_options: fields of the volume processor to override."""
-    local = Path(folder).is_dir()
-    if local and not Path(folder, "config.json").is_file():
-        raise ValueError("The folder of --model has no config.json; a complete one is what convert_photon.py writes.")
-    if not local and not HUB_ID.fullmatch(str(folder)):
-        raise ValueError(f"There is no folder {folder}, and it is no Hub id (owner/name). Check --model.")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **volume_options)
-    if not hasattr(processor, "keep_map"):
-        raise ValueError("--model is not a Photon model; convert_photon.py makes one of a Qwen2.5-VL checkpoint.")
-    return processor
-
-
-def usable(device):
-    """A torch device that is there; "auto" takes the GPU where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):  # what torch raises for an unknown word and for a build without CUDA
-        raise ValueError(f"There is no device {device!r} here; --device takes auto, cpu, cuda, cuda:1, ...") from None
-
-
-def load(folder, device="auto", dtype="auto", **volume_options):
-    """Processor and model of a local folder or Hub id. volume_options: fields of the volume processor to override."""
-    device = usable(device)
-    processor = load_processor(folder, **volume_options)
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"  # bfloat16 is slower there
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
-    return processor, model.to(device).eval()
 
 
 @torch.inference_mode()
@@ -149,7 +111,7 @@ def outlined(processor, inputs, keep, scans, file, caption, window=None):
         source, options = (scan["volume"], {k: v for k, v in scan.items() if k != "volume"})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given when the scan was read for the model
-            image = shipped("volume_photon.read_volume")(source, **options)
+            image = read_volume(source, **options)
         planes = overlay.views(image, processor.keep_map(keep, inputs, 0, number))
         with writing("--overlay"):
             overlay.draw(planes, numbered(file, number), caption, window or display_window(processor, image))
@@ -158,10 +120,10 @@ def outlined(processor, inputs, keep, scans, file, caption, window=None):
 def display_window(processor, image):
     """Soft tissue in CT, what the model sees in MR."""
     settings = processor.image_processor
-    modality = shipped("intensity_photon.find_modality")(image, settings.modality, assume_hu=settings.assume_hu)
+    modality = find_modality(image, settings.modality, assume_hu=settings.assume_hu)
     if modality == "ct":
         return overlay.SOFT_TISSUE
-    return shipped("intensity_photon.intensity_window")(image, modality=modality, percentiles=settings.percentiles)
+    return intensity_window(image, modality=modality, percentiles=settings.percentiles)
 
 
 def numbered(file, number):
@@ -189,7 +151,7 @@ def inspect(args):
     names = "modality window percentiles scaling assume_hu spacing orientation max_voxels tilt gaps monochrome1"
     fields = {name: getattr(settings, name) for name in [*names.split(), "fill_nonfinite"]}
     read = {"series": args.series, "frame": args.frame, "size": settings.grid}
-    report = shipped("inspect_photon.inspect_volume")(args.scans[0], **fields, **read)
+    report = inspect_volume(args.scans[0], **fields, **read)
     print(json.dumps(report.as_dict()) if args.json else report)
     if args.overlay and report.planes:
         views = [overlay.seen(name, *plane) for name, plane in report.planes.items()]
@@ -313,23 +275,10 @@ def described(result):
     )
 
 
-def say(message, *where):
-    """A warning as one line without the file of this machine that gave it."""
-    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
-
-
 def main(argv=None):
     args = parse(argv)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = say
-            run(args)
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        # a fault of the input or of the machine, not of the program: one line
-        print(" ".join(str(error).split()) or "Out of memory.", file=sys.stderr)
-        raise SystemExit(2) from None
+    with one_line_faults():
+        run(args)
 
 
 if __name__ == "__main__":

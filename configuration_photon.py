@@ -7,6 +7,7 @@ What differs from `Qwen2_5_VLConfig`:
 Numbers and names follow the paper (arXiv 2603.25155) and the authors' release.
 """
 
+import copy
 import difflib
 
 from huggingface_hub.dataclasses import strict
@@ -16,6 +17,19 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_photon.PhotonConfig",
+    "AutoModel": "modeling_photon.PhotonModel",
+    "AutoModelForImageTextToText": "modeling_photon.PhotonForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_photon.PhotonForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "volume-question-answering": {
+        "impl": "pipeline_photon.VolumeQuestionAnsweringPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
 SALIENCIES = ("logits", "attention")
 SURROGATES = ("release", "taylor", "gate")
 
@@ -137,6 +151,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
         for name in kwargs:
             if close := difflib.get_close_matches(name, PhotonConfig.__annotations__, n=1, cutoff=0.85):
                 raise ValueError(f"unknown field {name!r} of PhotonConfig; did you mean {close[0]!r}?")
+        # whoever saves: the folder names all its classes and its pipeline
+        kwargs |= copy.deepcopy(
+            {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
+        )  # a pipeline writes in them
         super().__post_init__(**kwargs)
         if self.scheduler_layer is None:
             self.scheduler_layer = max(self.text_config.num_hidden_layers // 4 - 1, 0)

@@ -13,7 +13,6 @@ unexpected one stops the conversion. Weights keep their type; as much memory is 
 import argparse
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -21,23 +20,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-ROOT = Path(__file__).resolve().parent
-AUTO_MAP = {
-    "AutoConfig": "configuration_photon.PhotonConfig",
-    "AutoModel": "modeling_photon.PhotonModel",
-    "AutoModelForImageTextToText": "modeling_photon.PhotonForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_photon.PhotonForConditionalGeneration",
-}
-CUSTOM_PIPELINES = {
-    "volume-question-answering": {
-        "impl": "pipeline_photon.VolumeQuestionAnsweringPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-        "type": "multimodal",
-    }
-}
-NOT_SHIPPED = {"convert_photon.py", "datasets_photon.py"}  # tools, which no checkpoint needs
+from photon.configuration_photon import PhotonConfig
+from photon.loading import build_processor
+from photon.modeling_photon import PhotonForConditionalGeneration
+
 PATCH_EMBED = "model.visual.patch_embed.proj.weight"
 # names of transformers 4.51 (and of the release) -> ours; applied one after the other
 OFFICIAL_NAMES = {
@@ -51,11 +38,6 @@ QWEN_NAMES = {
 UNUSED = re.compile(r"^model\.(language_model\.)?layers\.\d+\.atp\.pos_proj\.weight$")  # in the release, never read
 NEW = re.compile(r"^model\.language_model\.scheduler\.predictor\.")  # not in Qwen, nor in the release's first stage
 DROPPED_FIELDS = {"model_type", "architectures", "transformers_version", "auto_map", "custom_pipelines"}
-
-
-def photon_class(name):
-    """A shipped class, through the same loader that `trust_remote_code=True` uses."""
-    return get_class_from_dynamic_module(name, str(ROOT))
 
 
 def local_folder(source, revision=None):
@@ -106,12 +88,12 @@ def photon_config(folder, **fields):
         fields.setdefault("im_end_token_id", eos)
     if (text or config)["vocab_size"] <= 151644:  # not Qwen's vocabulary: a tokenizer tells, or the scan's marks do
         fields |= {"im_start_token_id": None, "user_token_id": None}
-    return photon_class("configuration_photon.PhotonConfig")(**(kept | {"vision_config": vision} | fields))
+    return PhotonConfig(**(kept | {"vision_config": vision} | fields))
 
 
 def load(folder, config, names):
     """The model and what did not fit, as transformers reports it."""
-    model_class = photon_class("modeling_photon.PhotonForConditionalGeneration")
+    model_class = PhotonForConditionalGeneration
     return model_class.from_pretrained(
         folder,
         config=config,
@@ -194,44 +176,6 @@ def save_processor(folder, output, config, volume_fields):
     return True
 
 
-def build_processor(tokenizer, config, volume_fields):
-    """PhotonProcessor around a tokenizer; sets the chat's ids in the config by it."""
-    volume_class = photon_class("processing_photon.PhotonVolumeProcessor")
-    processor_class = photon_class("processing_photon.PhotonProcessor")
-    volume_class.register_for_auto_class("AutoImageProcessor")
-    processor_class.register_for_auto_class("AutoProcessor")
-    tokenizer.padding_side = "left"
-    ids = {
-        "im_start_token_id": "<|im_start|>",
-        "im_end_token_id": "<|im_end|>",
-        "user_token_id": "user",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-    }
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in ids.values() if token not in vocabulary]
-    if missing:
-        raise SystemExit(f"The tokenizer lacks {', '.join(missing)}; expected that of Qwen2.5-VL.")
-    for field, token in ids.items():
-        setattr(config, field, vocabulary[token])
-    template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
-    return processor_class(volume_class(**volume_fields), tokenizer, chat_template=template)
-
-
-def complete(output):
-    """What `save_pretrained` leaves out of a repository: code, the full auto_map, the pipeline."""
-    for file in sorted(ROOT.glob("*_photon.py")):
-        if file.name not in NOT_SHIPPED and file.parent != output.resolve():
-            shutil.copy(file, output)
-    path = output / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
-    config["architectures"] = ["PhotonForConditionalGeneration"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -253,7 +197,6 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     with_processor = save_processor(folder, args.output, model.config, volume_fields)
     model.save_pretrained(args.output, save_original_format=False)  # under our names, not those of the source
-    complete(args.output)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e6:.1f} M parameters, scheduling layer {model.config.scheduler_layer}.", file=sys.stderr)
     if not with_processor:

@@ -35,10 +35,13 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ask import HUB_ID, say, shipped, usable
-from controls import CONTROLS, ControlScheduler
-from datasets_photon import BENCHMARKS, load_benchmark, missing_report
-from scoring import compare, read_predictions, score, swapped, table
+from photon.console import print_warning
+from photon.evaluation.questions import BENCHMARKS, load_benchmark, missing_report
+from photon.evaluation.scoring import compare, read_predictions, score, swapped, table
+from photon.loading import HUB_ID, usable_device
+from photon.scan_intensity_photon import intensity_window
+from photon.scan_reader_photon import read_ahead, read_volume
+from photon.schedulers.controls import CONTROLS, ControlScheduler
 
 PREDICTIONS, PART = "predictions.jsonl", "predictions.rank{}.jsonl"
 WEIGHTS = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")  # the files that decide what a model answers
@@ -281,8 +284,8 @@ def axial_slices(source, count, window, modality="auto", **options):
     """
     import SimpleITK as sitk
 
-    image = shipped("volume_photon.read_volume")(source, **options)
-    low, high = shipped("intensity_photon.intensity_window")(image, modality=modality, window=window)
+    image = read_volume(source, **options)
+    low, high = intensity_window(image, modality=modality, window=window)
     image = sitk.DICOMOrient(image, "LPI")  # columns grow to the left, rows to the back, slices to the feet
     voxels = sitk.GetArrayFromImage(image)  # (slices, rows, columns)
     x, y, _ = image.GetSpacing()
@@ -330,7 +333,7 @@ class Scans:
     def __init__(self, model, groups, ahead=2):
         self.model, self.left, self.held = model, Counter(scan for group in groups for scan in group), {}
         order = list(self.left)  # in the order of first need
-        reader = shipped("volume_photon.read_ahead")(order, model.read_or_refuse, ahead=ahead)
+        reader = read_ahead(order, model.read_or_refuse, ahead=ahead)
         self.reader = zip(order, reader, strict=True)
 
     def take(self, group):
@@ -469,7 +472,7 @@ def evaluate(args):
     """Answer what is not answered yet. Returns the rows and {id: record} on rank 0, `None` elsewhere."""
     rank, world = ranks()
     rows = questions(args)
-    device = usable(args.device)
+    device = usable_device(args.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     ids, done = {row["id"]: None for row in rows}, [None]
@@ -709,7 +712,7 @@ def main(argv=None):
         transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = say
+            warnings.showwarning = print_warning
             run(args)
     except torch.OutOfMemoryError:
         raise SystemExit("Out of memory. Lower --batch-size, and start a new --output for it.") from None

@@ -4,11 +4,12 @@ What differs from Qwen2.5-VL, and nothing else:
 - `PhotonModel`: positions in which text starts behind a volume's last depth step; the masks of scan and question;
 - `PhotonForConditionalGeneration`: labels cut alike, the losses, the phases, what generation must refuse;
 - `PhotonTextModel` (`decoder_photon.py`): the cut;
-- `PhotonCache` (`cache_photon.py`): a `DynamicCache` that knows what was cut.
+- `PhotonCache` (`decoder_photon.py`): a `DynamicCache` that knows what was cut.
 The method itself is in `scheduling_photon.py`, its objectives in `objectives_photon.py`.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,11 +22,20 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import can_return_tuple
 
-from .cache_photon import PhotonCache
-from .decoder_photon import PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel, real_places
+from .decoder_photon import (
+    PhotonCache,
+    PhotonModelOutputWithPast,
+    PhotonPreTrainedModel,
+    PhotonTextModel,
+    real_places,
+)
 from .objectives_photon import Objective, answer_losses, band_losses
 from .scheduling_photon import gather_places
 from .scheduling_photon import question_mask as find_question
+
+if TYPE_CHECKING:  # never run; `save_pretrained` copies the files that a module imports, and these belong to a folder
+    from .pipeline_photon import VolumeQuestionAnsweringPipeline  # noqa: F401
+    from .processing_photon import PhotonProcessor  # noqa: F401
 
 PHASES = ("dense", "soft", "hard")
 NO_TOKEN_TYPES = (

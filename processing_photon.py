@@ -17,9 +17,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from .grid_photon import Geometry, resample
-from .store_photon import VolumeStore
-from .volume_photon import read_on_grid
+from .scan_grid_photon import Geometry, resample
+from .scan_reader_photon import read_on_grid
+from .scan_store_photon import VolumeStore
 
 READ_OPTIONS = ("series", "frame")
 
@@ -219,6 +219,12 @@ class PhotonProcessor(ProcessorMixin):
         self.video_token = "<|video_pad|>"
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # the parent asks AutoImageProcessor, which would load this module a second time
+        volumes = PhotonVolumeProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [volumes, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
 
     @property
     def video_processor(self):

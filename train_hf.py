@@ -31,10 +31,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from convert_photon import PATCH_EMBED, complete
-from photon_trainer import GROUPS, PhotonTrainer, group_of
-from token_labels import TokenHead, TokenLabels
-from training_data import Collator, check_files, check_rows, load_rows
+from convert_photon import PATCH_EMBED
+from photon.training.data import Collator, check_files, check_rows, load_rows
+from photon.training.token_labels import TokenHead, TokenLabels
+from photon.training.trainer import GROUPS, PhotonTrainer, group_of
 
 STAGES = ("align", "tune", "dense")
 PATCH_MODULE = PATCH_EMBED.removesuffix(".proj.weight")
@@ -387,7 +387,6 @@ def save_final(trainer, model_args, folder):
         trainer.processing_class.save_pretrained(folder)
     if not model_args.lora or model_args.merge_lora:
         cast_weights(folder, dtype)
-        complete(folder)
 
 
 def merge_lora(model_args, adapter, folder, config):

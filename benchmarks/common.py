@@ -10,13 +10,9 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def photon_class(name):
-    return get_class_from_dynamic_module(name, str(ROOT))
+sys.path.insert(0, str(ROOT))
 
 
 def arguments(description, presets, **options):

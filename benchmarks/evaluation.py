@@ -12,20 +12,19 @@ that the model must do, vision tower and decoder; reading, which is no operation
 
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import SimpleITK as sitk
 import torch
-from common import ROOT, arguments, interleaved, photon_class, report
 from scheduler import operations
 
-sys.path.insert(0, str(ROOT))
-
-import phantoms  # noqa: E402
-from convert_photon import build_processor  # noqa: E402
+from common import ROOT, arguments, interleaved, report
 from evaluate_hf import Scans, VolumeModel  # noqa: E402
+from photon.configuration_photon import PhotonConfig
+from photon.loading import build_processor  # noqa: E402
+from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.phantoms import dataset as phantoms
 
 KEPT, ANSWER = 0.39, 8
 ORGANS = ("liver", "spleen", "left kidney", "right kidney", "left lung", "right lung", "pancreas", "aorta")
@@ -57,9 +56,9 @@ def build(preset, device, dtype):
     ids = {name: value for name, value in root.items() if name.endswith("_token_id")}
     fields = json.loads(json.dumps(PRESETS[preset]))
     fields["text_config"] |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = photon_class("configuration_photon.PhotonConfig")(**(fields | ids))
+    config = PhotonConfig(**(fields | ids))
     torch.manual_seed(0)
-    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config).to(device, dtype).eval()
+    model = PhotonForConditionalGeneration(config).to(device, dtype).eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     options = {"keep_ratio": KEPT, "min_new_tokens": ANSWER}
     return VolumeModel(build_processor(tokenizer, config, {}), model, ANSWER, options)

@@ -21,7 +21,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from common import arguments, photon_class, report
+
+from common import arguments, report
+from photon import scan_nifti_photon
+from photon.scan_grid_photon import Geometry, model_grid
+from photon.scan_reader_photon import read_on_grid
 
 PRESETS = {"small": (120, 256, 256), "full": (300, 512, 512)}  # slices, rows, columns
 SIZE, SPACING = (140, 280, 280), (364 / 140, 364 / 280, 364 / 280)
@@ -44,12 +48,8 @@ def phantom(shape) -> sitk.Image:
     return image
 
 
-def load_project():
-    return sys.modules[photon_class("volume_photon.read_volume").__module__]
-
-
-def ours(volume, path) -> np.ndarray:
-    return volume.read_on_grid(path, size=SIZE, spacing=SPACING, scaling="minmax")[0]
+def ours(path) -> np.ndarray:
+    return read_on_grid(path, size=SIZE, spacing=SPACING, scaling="minmax")[0]
 
 
 def release(path) -> np.ndarray:
@@ -113,10 +113,9 @@ def peak(path) -> int:
 
 
 def print_peak(path) -> None:
-    volume = load_project()
-    ours(volume, _warm_up_file(path))
+    ours(_warm_up_file(path))
     before = _memory("VmRSS")
-    ours(volume, path)
+    ours(path)
     print(_memory("VmHWM") - before)
 
 
@@ -137,17 +136,16 @@ def main() -> None:
     args = arguments(__doc__, list(PRESETS), repeats={"type": int, "default": 3}, peak_of={"help": argparse.SUPPRESS})
     if args.peak_of:
         return print_peak(args.peak_of)
-    volume, shape = load_project(), PRESETS[args.preset]
-    nifti = sys.modules[volume.read_nifti.__module__]
+    shape = PRESETS[args.preset]
     with tempfile.TemporaryDirectory() as folder:
         path, image = Path(folder) / "scan.nii.gz", phantom(shape)
         sitk.WriteImage(image, path)
-        grid = volume.model_grid(volume.Geometry.of(image), size=SIZE, spacing=SPACING)
-        difference = np.abs(ours(volume, path) - release(path)).mean()
+        grid = model_grid(Geometry.of(image), size=SIZE, spacing=SPACING)
+        difference = np.abs(ours(path) - release(path)).mean()
         jobs = {
-            "this project": lambda: ours(volume, path),
+            "this project": lambda: ours(path),
             "the release": lambda: release(path),
-            "limit: inflate once": lambda: inflate(path, nifti.fast_gzip.open),
+            "limit: inflate once": lambda: inflate(path, scan_nifti_photon.fast_gzip.open),
             "limit: interpolate once": lambda: interpolate(image, grid),
         }
         seconds, memory, packed = best(jobs, args.repeats), peak(path), path.stat().st_size
@@ -161,7 +159,10 @@ def main() -> None:
     rows = [{"name": name, "seconds": round(value, 4)} for name, value in seconds.items()]
     print(f"{shape[2]} x {shape[1]} x {shape[0]} int16, {raw / 1e6:.0f} MB, {packed / 1e6:.0f} MB deflated")
     report(torch.device("cpu"), rows, ratios, args.json)
-    print(f"mean difference to the release {difference:.4f} of the input range; inflater: {nifti.fast_gzip.__name__}")
+    print(
+        f"mean difference to the release {difference:.4f} of the input range; "
+        f"inflater: {scan_nifti_photon.fast_gzip.__name__}"
+    )
 
 
 if __name__ == "__main__":

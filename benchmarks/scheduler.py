@@ -11,7 +11,11 @@ time of the dense prefill.
 import json
 
 import torch
-from common import ROOT, arguments, interleaved, photon_class, report
+
+from common import ROOT, arguments, interleaved, report
+from photon.configuration_photon import PhotonConfig
+from photon.decoder_photon import PhotonTextModel
+from photon.scheduling_photon import cut_index, masked_index, surrogate_gather
 
 VISUAL, QUESTION, TEXT, KEPT = 1000, 24, 80, 0.39
 PRESETS = {
@@ -26,9 +30,9 @@ def build(preset, device, dtype):
     text = dict(PRESETS[preset])
     if "mrope" in text:
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
-    config = photon_class("configuration_photon.PhotonConfig")(text_config=text, vision_config={"depth": 1})
+    config = PhotonConfig(text_config=text, vision_config={"depth": 1})
     torch.manual_seed(0)
-    decoder = photon_class("decoder_photon.PhotonTextModel")._from_config(config.text_config, photon=config)
+    decoder = PhotonTextModel._from_config(config.text_config, photon=config)
     return decoder.to(device, dtype).eval(), config
 
 
@@ -67,19 +71,16 @@ def main():
 
     positions = torch.arange(length, device=device).expand(3, 1, -1)
     rotary = decoder.rotary_emb(embeds, positions)
-    scheduling = {
-        name: photon_class(f"scheduling_photon.{name}") for name in ("masked_index", "cut_index", "surrogate_gather")
-    }
 
     @torch.no_grad()
     def scheduler_alone():  # what the pruned prefill does beside running layers
         layer = decoder.layers[decoder.look_layer]
-        question_index, asked = scheduling["masked_index"](question)
-        visual_index, seen = scheduling["masked_index"](visual)
+        question_index, asked = masked_index(question)
+        visual_index, seen = masked_index(visual)
         looks = layer.look(embeds, rotary, question_index, visual_index)
         schedule = decoder.scheduler(*looks, asked, seen, layer.self_attn.scaling, count)
-        index = scheduling["cut_index"](visual, schedule.keep, torch.ones_like(visual))
-        short = scheduling["surrogate_gather"](embeds, schedule, visual_index, seen, index, config)
+        index = cut_index(visual, schedule.keep, torch.ones_like(visual))
+        short = surrogate_gather(embeds, schedule, visual_index, seen, index, config)
         decoder.rotary_emb(short, positions[..., : short.shape[1]])
 
     seconds = interleaved({"dense": dense, "pruned": pruned, "scheduler": scheduler_alone}, device, options.repeats)

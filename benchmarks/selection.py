@@ -10,14 +10,15 @@ what is still answered then, the question had read before the cut. `all` keeps e
 import sys
 
 import torch
-from common import ROOT, arguments, report
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from common import ROOT, arguments, report
+
 sys.path.insert(0, str(ROOT))
 
-from datasets_photon import load_benchmark  # noqa: E402
 from evaluate_hf import Scans, VolumeModel, batches, grouped  # noqa: E402
+from photon.evaluation.questions import load_benchmark  # noqa: E402
 
 SETTINGS = [(layer, saliency) for layer in (-1, 0, 1) for saliency in ("attention", "logits")]
 SHARES = (0.4, 0.2, 0.1, 0.04, 0.0)

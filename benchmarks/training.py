@@ -35,11 +35,15 @@ from functools import partial
 
 import numpy as np
 import torch
-from common import ROOT, arguments, interleaved, photon_class, report
 from evaluation import vision_operations
 from scheduler import operations
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from common import ROOT, arguments, interleaved, report
+from photon.configuration_photon import PhotonConfig
+from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.processing_photon import PhotonVolumeProcessor
 
 KEPT = 0.39
 PAPER = {"paper_speedup": 5.7, "paper_memory": 0.26}
@@ -85,7 +89,7 @@ class Variant:
 
 def configs(fields):
     """Photon's configuration, and stock Qwen2.5-VL's of the same towers."""
-    photon = photon_class("configuration_photon.PhotonConfig")(**json.loads(json.dumps(fields)))
+    photon = PhotonConfig(**json.loads(json.dumps(fields)))
     shared = {name: value for name, value in photon.to_dict().items() if name in Qwen2_5_VLConfig().to_dict()}
     shared.pop("model_type")
     for tower in ("text_config", "vision_config"):
@@ -100,7 +104,7 @@ def models(fields, device, dtype, attention="sdpa", checkpointing=True):
     options = {"dtype": dtype, "attn_implementation": attention}
     photon_config, stock_config = configs(fields)
     with torch.device(device):
-        photon = photon_class("modeling_photon.PhotonForConditionalGeneration")._from_config(photon_config, **options)
+        photon = PhotonForConditionalGeneration._from_config(photon_config, **options)
         stock = Qwen2_5_VLForConditionalGeneration._from_config(stock_config, **options)
     own = stock.state_dict()
     shared = {
@@ -130,7 +134,7 @@ def frame_patches(volume, config):
 
 def volume_patches(volume, config):
     """The same for Photon, by its own processor."""
-    processor = photon_class("processing_photon.PhotonVolumeProcessor")(grid=volume.shape)
+    processor = PhotonVolumeProcessor(grid=volume.shape)
     return processor.patchify(volume), tuple(processor.grid_thw)
 
 

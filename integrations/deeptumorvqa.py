@@ -19,8 +19,8 @@ import sys
 
 from deeptumorvqa.eval.vqa_evaluator import HFVLMEvaluator
 
-from ask import usable
 from evaluate_hf import Refused, VolumeModel, load_model
+from photon.loading import usable_device
 
 OPTION = re.compile(r"(?<![\w-])([A-D])[:.)](?=\s)")
 
@@ -68,7 +68,7 @@ def build_evaluator(args):
     """The evaluator for the command line's arguments: `model`, `mode`, `input`, `format`, `max_new_tokens`."""
     if args.mode != "vqa" or args.input != "3d_volume":
         raise ValueError(f"Photon reads volumes: pass --mode vqa --input 3d_volume, not {args.mode} {args.input}.")
-    answerer = load_model(args.model, usable("auto"), modality="ct", max_new_tokens=args.max_new_tokens)
+    answerer = load_model(args.model, usable_device("auto"), modality="ct", max_new_tokens=args.max_new_tokens)
     if not isinstance(answerer, VolumeModel):
         raise ValueError("--model is not a Photon model; the evaluator has backends of its own for others.")
     return PhotonEvaluator(answerer, args.model, by_letter=args.format == "mc")

@@ -18,8 +18,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import phantoms  # noqa: E402
-from convert_photon import build_processor, complete, photon_class  # noqa: E402
+from photon.configuration_photon import PhotonConfig
+from photon.loading import build_processor  # noqa: E402
+from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.phantoms import dataset as phantoms
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -103,7 +105,7 @@ def build_config(tokenizer):
         "window_size": 16 * PATCH,  # wider than a slab: each patch sees all of its own
         "fullatt_block_indexes": [VISION_LAYERS - 1],
     }
-    config_class = photon_class("configuration_photon.PhotonConfig")
+    config_class = PhotonConfig
     return config_class(
         text_config=text,
         vision_config=vision,
@@ -128,7 +130,7 @@ def main(argv=None):
         {"grid": GRID, "spacing": SPACING, "patch_size": PATCH, "window": WINDOW, "mean": 0.5, "std": 0.5},
     )
     torch.manual_seed(SEED)
-    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config).to(torch.bfloat16)
+    model = PhotonForConditionalGeneration(config).to(torch.bfloat16)
     with torch.no_grad():  # a threshold in the middle, so that an untrained model cuts too
         model.model.language_model.scheduler.predictor.mlp[-1].bias.zero_()
     model.generation_config = GenerationConfig(
@@ -140,7 +142,6 @@ def main(argv=None):
     )
     processor.save_pretrained(output)
     model.save_pretrained(output)
-    complete(output)
 
 
 if __name__ == "__main__":

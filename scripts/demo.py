@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ask  # noqa: E402
-from phantom_patient import PhantomConfig, make_patient  # noqa: E402
+from photon.phantoms.patient import PhantomConfig, make_patient  # noqa: E402
 
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
 SEED, PATIENT = 1, 3  # the model has seen patients of seed 0

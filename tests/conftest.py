@@ -18,9 +18,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="photon-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
+import pytest
+import torch
+
+from photon import loading  # noqa: E402, F401 - the Auto classes return the classes of this repository
+from photon.configuration_photon import PhotonConfig
+from photon.modeling_photon import PhotonForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -29,10 +32,6 @@ TOKENS = math.prod(n // SETTINGS["patch_size"] for n in SETTINGS["grid"]) // 4  
 FIXTURE = Path(__file__).resolve().parent / "fixtures" / "official_a"
 PAD, IM_START, IM_END, V_START, V_END, IMAGE, VIDEO, USER, ASSISTANT, NEWLINE, FIRST_WORD = range(11)
 VOCABULARY = 96
-
-
-def photon_class(name):
-    return get_class_from_dynamic_module(name, str(ROOT))
 
 
 def real(name):
@@ -58,9 +57,7 @@ def tiny_config(layers=4, **fields):
         "im_start_token_id": IM_START, "im_end_token_id": IM_END, "vision_start_token_id": V_START,
         "vision_end_token_id": V_END, "image_token_id": IMAGE, "video_token_id": VIDEO, "user_token_id": USER,
     }  # fmt: skip
-    return photon_class("configuration_photon.PhotonConfig")(
-        text_config=text, vision_config=vision, **(ids | {"tie_word_embeddings": False} | fields)
-    )
+    return PhotonConfig(text_config=text, vision_config=vision, **(ids | {"tie_word_embeddings": False} | fields))
 
 
 def tiny_model(seed=0, dtype=torch.float32, attention="sdpa", **fields):
@@ -68,7 +65,7 @@ def tiny_model(seed=0, dtype=torch.float32, attention="sdpa", **fields):
     config = tiny_config(**fields)
     config._attn_implementation = attention
     generator = torch.Generator().manual_seed(seed)
-    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config)
+    model = PhotonForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

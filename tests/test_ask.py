@@ -2,19 +2,16 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, SETTINGS, TOKENS, run_fresh
 from PIL import Image
 
-sys.path.insert(0, str(ROOT))
-
-import ask  # noqa: E402
-import overlay  # noqa: E402
+import ask
+from conftest import ROOT, SETTINGS, TOKENS, run_fresh
+from photon import overlay
 
 QUESTION = "Is there a lesion in the liver?"
 

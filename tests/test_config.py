@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, photon_class, tiny_config
 from huggingface_hub.errors import StrictDataclassError
+
+from conftest import ROOT, tiny_config
+from photon.configuration_photon import PhotonConfig
+from photon.modeling_photon import PhotonForConditionalGeneration
 
 BAD = [
     ({"saliency": "softmax"}, "saliency"),
@@ -69,9 +72,9 @@ def test_round_trip(tmp_path):
 def test_shipped_configurations_build_on_meta(name, layers, billions):
     fields = json.loads((ROOT / "configs" / f"{name}.json").read_text())
     fields.pop("model_type")
-    config = photon_class("configuration_photon.PhotonConfig")(**fields)
+    config = PhotonConfig(**fields)
     with torch.device("meta"):
-        model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config)
+        model = PhotonForConditionalGeneration(config)
     assert len(model.model.language_model.layers) == layers
     assert config.scheduler_layer == layers // 4 - 1
     assert model.get_parameter("model.visual.patch_embed.proj.weight").shape[1:] == (1, 14, 14, 14)
@@ -82,7 +85,7 @@ def test_shipped_configurations_build_on_meta(name, layers, billions):
 def test_root_configuration_is_a_full_one():
     """config.json equals PhotonConfig of itself, with every field written out."""
     fields = json.loads((ROOT / "config.json").read_text())
-    config_class = photon_class("configuration_photon.PhotonConfig")
+    config_class = PhotonConfig
     written = config_class.from_pretrained(ROOT).to_dict()
     assert set(config_class.__annotations__) <= set(fields)
     for name in config_class.__annotations__:
@@ -93,4 +96,4 @@ def test_a_checkpoint_of_another_type_is_refused(tmp_path):
     """transformers would warn, load the vision tower, and leave the decoder random."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "hidden_size": 64}))
     with pytest.raises(ValueError, match="convert_photon.py --qwen"):
-        photon_class("modeling_photon.PhotonForConditionalGeneration").from_pretrained(tmp_path)
+        PhotonForConditionalGeneration.from_pretrained(tmp_path)

@@ -2,10 +2,13 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import convert_photon
 from conftest import (
     FIXTURE,
     IM_END,
@@ -21,12 +24,6 @@ from conftest import (
     tiny_config,
     tiny_model,
 )
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-sys.path.insert(0, str(ROOT))
-
-import convert_photon  # noqa: E402
 
 OFFICIAL = FIXTURE / "official_checkpoint"
 

@@ -35,7 +35,7 @@ def load(name):
 
 @pytest.fixture(scope="module")
 def module():
-    return load("datasets_photon")
+    return load("photon.evaluation.questions")
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_rows_are_rows_of_the_training_format(module, tmp_path):
     assert Counter(row["task"] for row in rows) == {"existence": 720, "medical-computation": 120}
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    trained = load("training_data").load_rows(file)
+    trained = load("photon.training.data").load_rows(file)
     assert [row["answer"] for row in trained] == [row["answer"] for row in rows]
     assert [row["volumes"][0]["path"] for row in trained] == [row["volumes"][0] for row in rows]
     again = module.load_benchmark("jsonl", file)

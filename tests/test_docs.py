@@ -8,7 +8,9 @@ import sys
 
 import numpy as np
 import SimpleITK as sitk
-from conftest import ROOT, TOKENS, photon_class
+
+from conftest import ROOT, TOKENS
+from photon.scan_faults_photon import policy_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -55,7 +57,7 @@ def test_commands_exist():
 
 
 def test_the_fault_table_is_the_code():
-    assert photon_class("faults_photon.policy_table")().strip() in README
+    assert policy_table().strip() in README
 
 
 def test_the_picture_and_the_results_are_there():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
 from conftest import (
     FIRST_WORD,
     IM_END,
@@ -15,7 +17,6 @@ from conftest import (
     three_rows,
     tiny_model,
 )  # fmt: skip
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 VARIANTS = [
     pytest.param({}, id="default"),

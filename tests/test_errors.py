@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import IM_END, VIDEO, collate, prompt, text_row, three_rows, tiny_model
 from transformers import StaticCache
+
+from conftest import IM_END, VIDEO, collate, prompt, text_row, three_rows, tiny_model
 
 GRIDS = [(2, 6, 4)]
 

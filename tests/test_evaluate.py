@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, TOKENS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -28,12 +27,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-sys.path.insert(0, str(ROOT))
-
-import evaluate_hf  # noqa: E402
-import phantom_patient  # noqa: E402
-from controls import ControlScheduler  # noqa: E402
-from convert_photon import complete  # noqa: E402
+import evaluate_hf
+from conftest import ROOT, TOKENS
+from photon.phantoms import patient as phantom_patient
+from photon.schedulers.controls import ControlScheduler
 
 CPU = torch.device("cpu")
 NAME = "doe_jane"  # a patient's name in the scans' file names, which must not come out
@@ -125,7 +122,6 @@ def talker(tmp_path_factory):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     settings = json.loads((ROOT / "generation_config.json").read_text()) | {"eos_token_id": None}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    complete(folder)
     return folder
 
 

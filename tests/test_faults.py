@@ -29,15 +29,15 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from photon.scan_reader_photon import read_volume
+from photon.scan_report_photon import inspect_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
-read_volume = get_class_from_dynamic_module("volume_photon.read_volume", str(ROOT))
 volume = sys.modules[read_volume.__module__]
 package = read_volume.__module__.rpartition(".")[0]
-faults, dicom = (sys.modules[f"{package}.{name}"] for name in ("faults_photon", "dicom_photon"))
-inspect_volume = get_class_from_dynamic_module("inspect_photon.inspect_volume", str(ROOT))
+faults, dicom = (sys.modules[f"{package}.{name}"] for name in ("scan_faults_photon", "scan_dicom_photon"))
 Fault, VolumeError, VolumeWarning = volume.VolumeFault, volume.VolumeError, volume.VolumeWarning
 SHAPE = (8, 12, 10)  # slices, rows, columns
 AFFINE = np.array([[-0.9, 0, 0, 40], [0, 1.3, 0, -70], [0, 0, 2.1, 15], [0, 0, 0, 1]], dtype=np.float64)  # RAS+

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import collate, photon_class, text_row, three_rows, tiny_model
 
-gate_mask = photon_class("scheduling_photon.gate_mask")
+from conftest import collate, text_row, three_rows, tiny_model
+from photon.scheduling_photon import gate_mask
+
 ROWS = [*three_rows(answers=True), text_row(answer=(75, 76))]
 
 

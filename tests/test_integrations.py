@@ -9,11 +9,9 @@ from argparse import Namespace
 
 import pytest
 import SimpleITK as sitk
+
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT))
-
-import phantom_patient  # noqa: E402
+from photon.phantoms import patient as phantom_patient
 
 # What the evaluator of DeepTumorVQA 2.0 does with a custom backend, rewritten from its public code (repository
 # Schuture/DeepTumorVQA: evaluate.py, eval/vqa_evaluator.py, eval/metrics.py, data/prompt.py, data/loader.py):

@@ -39,7 +39,7 @@ def load(name):
 
 @pytest.fixture(scope="module")
 def scoring():
-    return load("scoring")
+    return load("photon.evaluation.scoring")
 
 
 @pytest.fixture(scope="module")
@@ -605,7 +605,7 @@ RULES = {
 def test_blind_baselines_on_the_given_questions(scoring):
     if not DATA.is_dir():
         pytest.skip("3D-RAD questions are not here; set PHOTON_TEST_DATA to a folder with 3d_rad")
-    rows = load("datasets_photon").load_benchmark("3d-rad", DATA)
+    rows = load("photon.evaluation.questions").load_benchmark("3d-rad", DATA)
     scores = scoring.score(rows, {row["id"]: "" for row in rows}, bootstrap=0)
     for (number, task), (name, rule) in RULES.items():
         macro, micro = accuracy(given(DATA, number), rule)
@@ -620,7 +620,7 @@ def test_blind_baselines_on_the_given_questions(scoring):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not FULL, reason="the full 3D-RAD questions are not here; set PHOTON_3DRAD to the folder 3DRAD")
 def test_blind_baselines_on_all_questions(scoring):
-    load_benchmark = load("datasets_photon").load_benchmark
+    load_benchmark = load("photon.evaluation.questions").load_benchmark
     rows = load_benchmark("3d-rad", FULL, split="test")
     closed = [row for row in rows if row["kind"] == "choice"]
     assert len(closed) == 29218

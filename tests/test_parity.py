@@ -9,9 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURE, ROOT, photon_class, run_fresh
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+
+from conftest import FIXTURE, ROOT, run_fresh
+from photon.objectives_photon import answer_losses, band_losses
+from photon.processing_photon import PhotonVolumeProcessor
 
 META = json.loads((FIXTURE / "meta.json").read_text())
 PROMPT = META["prompt_length"]
@@ -118,8 +121,8 @@ def test_the_two_surrogates_push_the_threshold_apart(expected):
 
 def test_regularisers(expected):
     """The release's functions take logits and labels in step, so nothing is shifted here."""
-    losses = photon_class("objectives_photon.answer_losses")
-    band = photon_class("objectives_photon.band_losses")
+    losses = answer_losses
+    band = band_losses
     for kind, name in ((1, "reg.robust"), (2, "reg.flip")):
         total, count = losses(expected["reg.logits"], expected["reg.labels"], torch.tensor([kind]))
         torch.testing.assert_close((total / count)[0], expected[name], atol=1e-5, rtol=1e-5)
@@ -130,6 +133,6 @@ def test_regularisers(expected):
 
 
 def test_patches_are_cut_as_the_release_cuts_them(expected):
-    processor = photon_class("processing_photon.PhotonVolumeProcessor")(grid=list(expected["volume"].shape))
+    processor = PhotonVolumeProcessor(grid=list(expected["volume"].shape))
     got = torch.from_numpy(processor.patchify(expected["volume"].numpy()))
     assert torch.equal(got, expected["pixel_values_videos"])

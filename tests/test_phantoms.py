@@ -5,7 +5,6 @@ python -m pytest tests/test_phantoms.py
 
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,13 +13,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import phantoms  # noqa: E402
-from phantom_anatomy import FOV_ORGANS, LABELS  # noqa: E402
-from phantom_patient import CHANGES, LIMITED_FOVS, Phantom, PhantomConfig, make_patient  # noqa: E402
-from phantom_questions import (  # noqa: E402
+import phantoms as command
+from photon.phantoms import dataset as phantoms
+from photon.phantoms.anatomy import FOV_ORGANS, LABELS
+from photon.phantoms.patient import CHANGES, LIMITED_FOVS, Phantom, PhantomConfig, make_patient
+from photon.phantoms.questions import (
     ANSWERS,
     blind_baseline,
     comparisons,
@@ -29,6 +26,7 @@ from phantom_questions import (  # noqa: E402
     write_questions,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 PATIENTS = 30
 
 
@@ -364,15 +362,15 @@ def test_wrong_requests_are_told():
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "one.nii.gz"
-    phantoms.main(["--one", str(out), "--seed", "3", "--orientations", "RAS", "--diameter-jitter", "1"])
+    command.main(["--one", str(out), "--seed", "3", "--orientations", "RAS", "--diameter-jitter", "1"])
     facts = json.loads(capsys.readouterr().out)
     image = nib.load(out)
     assert facts["fov"] == "full" and "".join(nib.aff2axcodes(image.affine)) == "RAS"
     assert list(image.shape) == facts["shape_lps"]  # RAS and LPS share their axes, not their signs
     np.testing.assert_allclose(np.linalg.norm(image.affine[:3, :3], axis=0), facts["spacing_lps"], rtol=1e-5)
     with pytest.raises(SystemExit):
-        phantoms.main(["--one", "a.nii.gz", "--output", "b"])
+        command.main(["--one", "a.nii.gz", "--output", "b"])
     assert "either --one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        phantoms.main(["--output", "b", "--size", "huge"])
+        command.main(["--output", "b", "--size", "huge"])
     assert "choose one of" in capsys.readouterr().err

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, photon_class, real
 from transformers import AutoProcessor
+
+from conftest import ROOT, real
+from photon.processing_photon import PhotonVolumeProcessor
+from photon.scan_reader_photon import read_volume
 
 SIZE = (37, 29, 23)  # x, y, z
 
@@ -116,7 +119,7 @@ def test_round_trip(processor, tmp_path):
 
 def test_scaling_fields():
     image = scan(4)
-    volume_class = photon_class("processing_photon.PhotonVolumeProcessor")
+    volume_class = PhotonVolumeProcessor
     grid = {"grid": (28, 56, 84), "spacing": (6.0, 4.0, 2.0)}
     plain, *_ = volume_class(**grid).read(image)
     assert plain.shape == (28, 56, 84) and plain.min() >= 0 and plain.max() <= 1
@@ -147,7 +150,7 @@ def test_fields_for_one_call(processor):
 ])  # fmt: skip
 def test_wrong_fields(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
-        photon_class("processing_photon.PhotonVolumeProcessor")(**fields)
+        PhotonVolumeProcessor(**fields)
 
 
 def test_marks_and_scans_must_match(processor):
@@ -238,7 +241,7 @@ def test_a_bright_corner_lands_where_the_orientation_says(processor):
 
 def test_the_real_dicom_folder_equals_its_nifti(processor, tmp_path):
     folder = real("ct_dicom")
-    series = photon_class("volume_photon.read_volume")(folder)
+    series = read_volume(folder)
     sitk.WriteImage(series, tmp_path / "scan.nii.gz")
     a, b = (
         processor.image_processor([source])["pixel_values_videos"] for source in (folder, tmp_path / "scan.nii.gz")
@@ -261,7 +264,7 @@ def test_one_resampling_agrees_with_the_release_two(capsys):
     )  # fmt: skip
     array = torch.from_numpy(sitk.GetArrayFromImage(cube)).clamp(-1000, 1000)
     two = torch.nn.functional.interpolate(array[None, None], size=(140, 280, 280), mode="trilinear")[0, 0].flip(-1)
-    one, *_ = photon_class("processing_photon.PhotonVolumeProcessor")().read(image)
+    one, *_ = PhotonVolumeProcessor().read(image)
     one = torch.from_numpy(one) * 2000 - 1000
     body = (one > -500) & (two > -500)
     error = (one - two).abs()

@@ -2,14 +2,15 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TOKENS, collate, photon_class, real, run_fresh, three_rows, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
+
+from conftest import ROOT, TOKENS, collate, real, run_fresh, three_rows, tiny_model
+from photon.configuration_photon import PhotonConfig
+from photon.modeling_photon import PhotonForConditionalGeneration
 
 SHIPPED = [*ROOT.glob("*_photon.py"), *ROOT.glob("*.json"), ROOT / "model.safetensors", ROOT / "chat_template.jinja"]
 LOGITS = """
@@ -103,15 +104,9 @@ def published(tmp_path, **fields):
     from transformers import AutoModelForImageTextToText
 
     tiny_model(**fields).save_pretrained(tmp_path / "published")
-    photon_complete(tmp_path / "published")
     return AutoModelForImageTextToText.from_pretrained(
         tmp_path / "published", trust_remote_code=True, dtype=torch.float32
     )
-
-
-def photon_complete(folder):
-    code = "import sys; from pathlib import Path; from convert_photon import complete; complete(Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
 
 
 def test_saved_equals_reloaded(tmp_path):
@@ -169,9 +164,7 @@ def test_merged_lora_equals_reloaded(tmp_path):
 def test_the_root_is_what_its_script_builds():
     """Same tokenizer, processor and shapes; the weights may have been trained since."""
     config = json.loads((ROOT / "config.json").read_text())
-    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(
-        photon_class("configuration_photon.PhotonConfig").from_pretrained(ROOT)
-    )
+    model = PhotonForConditionalGeneration(PhotonConfig.from_pretrained(ROOT))
     shapes = {name: list(tensor.shape) for name, tensor in load_file(ROOT / "model.safetensors").items()}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     expected.pop("lm_head.weight")  # tied

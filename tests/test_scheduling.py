@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from conftest import (
     IM_END,
     IM_START,
@@ -12,12 +13,18 @@ from conftest import (
     V_END,
     V_START,
     VIDEO,
-    photon_class,
     tiny_config,
 )  # fmt: skip
+from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.scheduling_photon import (
+    Schedule,
+    TokenScheduler,
+    cut_index,
+    masked_index,
+    question_mask,
+    surrogate_gather,
+)
 
-MODULE = "scheduling_photon."
-TokenScheduler = photon_class(MODULE + "TokenScheduler")
 B, H, G, D, Q, V = 2, 6, 2, 8, 5, 11
 
 
@@ -122,7 +129,7 @@ def test_the_saliency_carries_a_gradient_only_when_asked(tensors, saliency):
 
 
 def test_initial_threshold_keeps_nearly_all():
-    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(tiny_config())
+    model = PhotonForConditionalGeneration(tiny_config())
     predictor = model.model.language_model.scheduler.predictor
     assert predictor.mlp[-1].bias.item() == -5.0
     assert predictor(torch.zeros(1, 12)).item() == pytest.approx(0.9 / (1 + math.exp(5)), rel=0.05)
@@ -174,11 +181,11 @@ def gather_case(surrogate):
     attention = torch.tensor([[1] * 9, [0] + [1] * 8]).bool()
     keep = torch.tensor([[1, 0, 0, 1, 1], [0, 1, 0, 0, 0]]).bool()
     keep_prob = torch.rand(2, 5, generator=generator).double().requires_grad_()
-    index, visual = photon_class(MODULE + "masked_index")(visual_mask)
-    places = photon_class(MODULE + "cut_index")(visual_mask, keep, attention)
-    schedule = photon_class(MODULE + "Schedule")(keep, keep_prob, None, None, None, visual.sum(-1))
+    index, visual = masked_index(visual_mask)
+    places = cut_index(visual_mask, keep, attention)
+    schedule = Schedule(keep, keep_prob, None, None, None, visual.sum(-1))
     rule = tiny_config(surrogate=surrogate, surrogate_std_floor=1e-6)
-    out = photon_class(MODULE + "surrogate_gather")(hidden, schedule, index, visual, places, rule)
+    out = surrogate_gather(hidden, schedule, index, visual, places, rule)
     return hidden, keep_prob, keep, index, visual, places, out
 
 
@@ -232,5 +239,5 @@ CHATS = {
 def test_the_question_is_found(name):
     ids, places = CHATS[name]
     ids = torch.tensor([ids])
-    found = photon_class(MODULE + "question_mask")(ids, ids == VIDEO, tiny_config())
+    found = question_mask(ids, ids == VIDEO, tiny_config())
     assert found[0].nonzero().flatten().tolist() == places

@@ -10,9 +10,11 @@ import time
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import ROOT, SETTINGS, TOKENS, photon_class
 from safetensors import safe_open
 from transformers import AutoProcessor
+
+from conftest import ROOT, SETTINGS, TOKENS
+from photon.scan_store_photon import VolumeStore
 
 SECRET = "doe_jane_19700101"
 
@@ -69,7 +71,7 @@ def test_content_and_settings_make_the_key(processor, scan, tmp_path):
 
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
-    store_class = photon_class("store_photon.VolumeStore")
+    store_class = VolumeStore
     module, opened = sys.modules[store_class.__module__], []
     path, store = tmp_path / "scan.nii.gz", store_class(tmp_path / "store", {})
     monkeypatch.setattr(module, "open", lambda *a: opened.append(a) or open(*a), raising=False)
@@ -93,7 +95,7 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
 def test_a_header_with_its_voxels_beside_it(processor, scan, tmp_path):
     image = sitk.ReadImage(str(scan))
     sitk.WriteImage(image, str(tmp_path / "a.mhd"))
-    store = photon_class("store_photon.VolumeStore")(tmp_path / "store", {})
+    store = VolumeStore(tmp_path / "store", {})
     before = store.key(tmp_path / "a.mhd", {})
     sitk.WriteImage(image + 1, str(tmp_path / "a.mhd"))
     assert store.key(tmp_path / "a.mhd", {}) != before
@@ -121,7 +123,7 @@ def test_nothing_of_the_patient_is_stored(processor, scan, tmp_path):
 
 
 def _write(folder, seed):
-    store = photon_class("store_photon.VolumeStore")(folder, {})
+    store = VolumeStore(folder, {})
     patches = np.full((40, 14**3), 0.5, np.float32)
     for _ in range(20):
         store.save("same", patches, {"seed": seed})

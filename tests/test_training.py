@@ -13,23 +13,23 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, photon_class, run_fresh
 from safetensors.torch import load_file, save_file
 from test_training_data import GRID, SPACING, ask, say, write_rows
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
-
-import photon_trainer  # noqa: E402
-import train_hf  # noqa: E402
-from convert_photon import build_processor, complete  # noqa: E402
-from photon_trainer import Phases, group_of, score  # noqa: E402
-from training_data import Collator, load_rows  # noqa: E402
+import train_hf
+from conftest import ROOT, run_fresh
+from photon.configuration_photon import PhotonConfig
+from photon.decoder_photon import PhotonTextModel
+from photon.loading import build_processor
+from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.training import trainer as photon_trainer
+from photon.training.data import Collator, load_rows
+from photon.training.trainer import Phases, group_of, score
 
 PATCH = "model.visual.patch_embed.proj.weight"
 TERMS = ("loss", "lm_loss", "band_loss", "kept", "kept_min", "kept_max", "threshold", "robust_rows", "flip_rows")
@@ -41,7 +41,7 @@ MIXED = ["--photon", "robust_probability=0.3", "flip_probability=0.5"]
 def write_model(folder, hidden=32):
     """A random model whose threshold lies amid its saliency, with the tokenizer of this repository."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT)
-    config = photon_class("configuration_photon.PhotonConfig")(
+    config = PhotonConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 56, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
@@ -56,7 +56,7 @@ def write_model(folder, hidden=32):
     )  # fmt: skip
     processor = build_processor(tokenizer, config, {"grid": GRID, "spacing": SPACING, "mean": 0.5, "std": 0.5})
     torch.manual_seed(5)
-    model = photon_class("modeling_photon.PhotonForConditionalGeneration")(config)
+    model = PhotonForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -65,7 +65,6 @@ def write_model(folder, hidden=32):
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
-    complete(folder)
     return folder
 
 
@@ -304,7 +303,7 @@ def test_token_labels_alone_leave_the_decoder_out(arguments, model, monkeypatch)
     names = (*TERMS, "token_loss")
     labels = ["--token-labels", "--token-label-classes", "3", "--parts", "vision", "aligner"]
     with_answers = train_hf.main(arguments("answers", *labels, stage="dense", steps=1, file="scans.jsonl"))
-    decoder = photon_class("decoder_photon.PhotonTextModel")
+    decoder = PhotonTextModel
     monkeypatch.setattr(decoder, "forward", lambda *args, **kwargs: pytest.fail("the decoder ran"))
     trainer = train_hf.main(
         arguments("alone", *labels, "--token-labels-alone", stage="dense", steps=2, file="scans.jsonl")
@@ -396,7 +395,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from training_data import Collator, load_rows
+from photon.training.data import Collator, load_rows
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
 model_ = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).train()
@@ -702,7 +701,7 @@ def test_recipes_are_arguments(recipe, tmp_path):
     assert model_args.stage == ("align" if recipe == "align" else "tune" if "tune" in recipe else "dense")
     assert model_args.lora == (recipe == "tune_lora") and data_args.token_labels == (recipe == "tiny_tower")
     if model_args.stage == "tune":
-        config = photon_class("configuration_photon.PhotonConfig")()
+        config = PhotonConfig()
         assert Phases.of(config, args, 32_000).hard == (4800 if recipe == "tiny_tune" else 8000)
 
 

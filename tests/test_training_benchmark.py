@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from conftest import ROOT
 
 CPU, NAMES = torch.device("cpu"), ["video", "dense", "hard"]
 LAYERS, WIDTH, WORDS, TEXT = 4, 48, 128, 23

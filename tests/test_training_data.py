@@ -5,7 +5,6 @@ pytest tests/test_training_data.py
 
 import json
 import shutil
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,17 +12,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import ROOT, photon_class, tiny_config
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(ROOT))
-
-import perturbations  # noqa: E402
-import training_data  # noqa: E402
-from convert_photon import build_processor  # noqa: E402
-from token_labels import TokenHead, TokenLabels, evidence_losses, evidence_tokens  # noqa: E402
-from training_data import Collator, DataError, ScanSampler, check_files, check_rows, load_rows  # noqa: E402
+from conftest import ROOT, tiny_config
+from photon.loading import build_processor
+from photon.scan_grid_photon import Geometry
+from photon.training import data as training_data
+from photon.training import perturbations
+from photon.training.data import Collator, DataError, ScanSampler, check_files, check_rows, load_rows
+from photon.training.token_labels import TokenHead, TokenLabels, evidence_losses, evidence_tokens
 
 GRID, SPACING = (28, 56, 84), (5.0, 3.0, 2.0)  # 2 x 2 x 3 = 12 tokens
 
@@ -416,9 +414,7 @@ def test_a_scan_is_given_once_a_batch(processor, tmp_path):
 
 def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     """On the model's own grid, so that voxels can be counted by hand: one token is 14 x 28 x 28 voxels."""
-    geometry = photon_class("grid_photon.Geometry")(
-        GRID[::-1], SPACING[::-1], (0.0, 0.0, 0.0), np.diag([1.0, -1.0, -1.0]).ravel()
-    )
+    geometry = Geometry(GRID[::-1], SPACING[::-1], (0.0, 0.0, 0.0), np.diag([1.0, -1.0, -1.0]).ravel())
     assert geometry.orientation == processor.image_processor.orientation
     organs, lesions = np.zeros(GRID, np.uint8), np.zeros(GRID, np.uint8)
     organs[14:28, 0:28, 56:84] = 2  # depth 1, row 0, column 2: token 8, all of it

@@ -4,7 +4,6 @@ Run: pytest tests/test_volume.py
 """
 
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,19 +13,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 from scipy.ndimage import binary_erosion, map_coordinates
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from photon import scan_intensity_photon as intensity
+from photon import scan_reader_photon as volume
+from photon.scan_grid_photon import Geometry, model_grid, resample
+from photon.scan_reader_photon import read_volume
+from photon.scan_report_photon import inspect_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
-volume = sys.modules[get_class_from_dynamic_module("volume_photon.read_volume", str(ROOT)).__module__]
-intensity = sys.modules[volume.intensity_window.__module__]  # of the same copy, hence with the same VolumeError
-inspect_volume = get_class_from_dynamic_module("inspect_photon.inspect_volume", str(ROOT))
-Geometry, read_volume, model_grid, resample = (
-    volume.Geometry,
-    volume.read_volume,
-    volume.model_grid,
-    volume.resample,
-)
 SMALL = {"size": (11, 14, 17), "spacing": (2.3, 1.9, 1.7)}  # unequal on every axis
 RELEASE = {"size": (140, 280, 280), "spacing": (364 / 140, 364 / 280, 364 / 280)}
 

@@ -11,10 +11,10 @@ import numpy as np
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from photon.scan_reader_photon import read_volume
 
 ROOT = Path(__file__).resolve().parents[1]
-read_volume = get_class_from_dynamic_module("volume_photon.read_volume", str(ROOT))
 volume = sys.modules[read_volume.__module__]
 Geometry, model_grid, resample = volume.Geometry, volume.model_grid, volume.resample
 

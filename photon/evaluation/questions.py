@@ -745,7 +745,7 @@ def _after(before, question, answer):
 
 def _read_jsonl(source):
     """Rows of the training format; `kind`, `subtask`, `patient`, `options` and `choices` are taken where given."""
-    from training_data import DataError, load_rows
+    from photon.training.data import DataError, load_rows
 
     file = source.files[0]
     try:

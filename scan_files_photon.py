@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .faults_photon import Findings, VolumeError, VolumeFault
+from .scan_faults_photon import Findings, VolumeError, VolumeFault
 
 try:
     import SimpleITK as sitk

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ask import shipped
+from photon.scheduling_photon import most_salient
 
 CONTROLS = ("random", "flipped")
 
@@ -26,7 +26,7 @@ class ControlScheduler(nn.Module):
         if control not in CONTROLS:
             raise ValueError(f"control is {control!r}; expected one of {', '.join(CONTROLS)}.")
         self.scheduler, self.control, self.seed = scheduler, control, seed
-        self.most_salient = shipped("scheduling_photon.most_salient")
+        self.most_salient = most_salient
 
     def forward(self, *args, **kwargs):
         """As `TokenScheduler.forward`."""

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .faults_photon import Findings, VolumeError, VolumeFault
-from .files_photon import check_shape, damaged, rescale, to_image
-from .stack_photon import PHASE_TAGS, Slice, interpolate, one_phase, place_stack
+from .scan_faults_photon import Findings, VolumeError, VolumeFault
+from .scan_files_photon import check_shape, damaged, rescale, to_image
+from .scan_stack_photon import PHASE_TAGS, Slice, interpolate, one_phase, place_stack
 
 try:
     import pydicom

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
 
-from convert_photon import photon_class
-from muon import MuonAdamW, by_muon
-from packing import pack_questions
-from perturbations import draw_rows, perturb_rows, stream
-from token_labels import evidence_losses
-from training_data import ScanSampler
+from photon.objectives_photon import Objective
+from photon.training.data import ScanSampler
+from photon.training.muon import MuonAdamW, by_muon
+from photon.training.packing import pack_questions
+from photon.training.perturbations import draw_rows, perturb_rows, stream
+from photon.training.token_labels import evidence_losses
 
 try:
     import resource
@@ -121,7 +121,7 @@ class PhotonTrainer(Trainer):
         self.tokens_alone, self.evidence_weight = tokens_alone, evidence_weight
         self.stage, self.prompt_collator, self.max_new_tokens = stage, prompt_collator, max_new_tokens
         self.token_head, self.token_weight = token_head, token_weight
-        self.objective = photon_class("objectives_photon.Objective")
+        self.objective = Objective
         volumes = self.processing_class.image_processor
         self.empty, self.full = -volumes.mean / volumes.std, (1 - volumes.mean) / volumes.std
         self.phases, self.terms, self.logged_step = None, Terms(), None

@@ -29,7 +29,7 @@ try:
 except ImportError:
     evaluate = None
 
-METRICS = Path(__file__).resolve().parent / "metrics"
+METRICS = Path(__file__).resolve().parents[2] / "metrics"
 MODULES = {
     "3d-rad": "rad3d", "deeptumorvqa-1-mc": "deeptumorvqa1", "deeptumorvqa-1-ft": "deeptumorvqa1",
     "deeptumorvqa-2": "deeptumorvqa2", "deeptumorvqa-2-ft": "deeptumorvqa2",

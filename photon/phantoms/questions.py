@@ -7,8 +7,8 @@ import itertools
 import math
 from collections import Counter, defaultdict
 
-from phantom_anatomy import COUNT_ORGANS, FOV_ORGANS, LABELS, LESION_ORGANS
-from phantom_patient import CHANGES, stream
+from photon.phantoms.anatomy import COUNT_ORGANS, FOV_ORGANS, LABELS, LESION_ORGANS
+from photon.phantoms.patient import CHANGES, stream
 
 ANSWERS = {
     "presence": ("yes", "no"),

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convert_photon import photon_class
-from training_data import reading
+from photon.scan_grid_photon import Geometry, resample
+from photon.scan_store_photon import VolumeStore
+from photon.training.data import reading
 
 try:
     import SimpleITK as sitk
@@ -38,9 +39,9 @@ class TokenLabels:
 
     def __init__(self, volumes, classes, cache_dir=None):
         self.volumes, self.classes, self.scans, self.store = volumes, classes, None, None
-        self.geometry, self.resample = photon_class("grid_photon.Geometry"), photon_class("grid_photon.resample")
+        self.geometry, self.resample = Geometry, resample
         if cache_dir is not None:
-            store_class = photon_class("store_photon.VolumeStore")
+            store_class = VolumeStore
             self.scans = store_class(cache_dir, volumes.settings)  # the collator's, so that a scan is read once
             self.store = store_class(Path(cache_dir) / "tokens", volumes.settings | {"classes": classes})
 

@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from .faults_photon import Findings, VolumeError
-from .grid_photon import Geometry, model_grid, resample
-from .intensity_photon import find_modality, intensity_window, scale_intensity
-from .volume_photon import load
+from .scan_faults_photon import Findings, VolumeError
+from .scan_grid_photon import Geometry, model_grid, resample
+from .scan_intensity_photon import find_modality, intensity_window, scale_intensity
+from .scan_reader_photon import load
 
 try:
     import SimpleITK as sitk

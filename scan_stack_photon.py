@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .faults_photon import Findings, VolumeError, VolumeFault
-from .files_photon import choose_frame
+from .scan_faults_photon import Findings, VolumeError, VolumeFault
+from .scan_files_photon import choose_frame
 
 UNEVEN_WARN, UNEVEN_REFUSE = 1e-3, 1e-2  # of the median slice distance
 SAME_PLACE = 1e-2  # of the in-plane spacing: slices closer than this along the normal are one place

@@ -9,8 +9,8 @@ from queue import Empty, Queue
 
 import numpy as np
 
-from .faults_photon import Findings, VolumeError, VolumeFault
-from .files_photon import (
+from .scan_faults_photon import Findings, VolumeError, VolumeFault
+from .scan_files_photon import (
     INFLATE_ERRORS,
     MAX_INFLATION,
     MORE_THAN_SAID,
@@ -24,7 +24,7 @@ from .files_photon import (
     rescale,
     to_image,
 )
-from .grid_photon import blank_image
+from .scan_grid_photon import blank_image
 
 try:
     import nibabel as nib

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phantom_anatomy import COUNT_ORGANS, LABELS, LESION_ORGANS, Anatomy, paint_frame, paint_organs
-from phantom_canvas import Canvas, Grid, check_orientation, rotation_matrix, store
+from photon.phantoms.anatomy import COUNT_ORGANS, LABELS, LESION_ORGANS, Anatomy, paint_frame, paint_organs
+from photon.phantoms.canvas import Canvas, Grid, check_orientation, rotation_matrix, store
 
 LIMITED_FOVS = ("chest", "upper", "lower", "lumbar", "left side", "right side")
 PRESETS = {  # in-plane spacing, slice spacing (mm, ranges) and noise (HU, range)

@@ -12,7 +12,7 @@ or, the same to the bit but sooner, because slabs are interpolated while the res
 
 The release does it in six steps and two interpolations (orient to RAI, resample to 1 mm, crop or pad to 364^3, clip,
 resize, flip); together they are one affine map, so here they are one interpolation, from the scan's own voxels.
-Grids and interpolation are those of grid_photon.py, windows and scaling those of intensity_photon.py.
+Grids and interpolation are those of scan_grid_photon.py, windows and scaling those of scan_intensity_photon.py.
 """
 
 import os
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .dicom_photon import MODALITY_TAG, read_dicom
-from .faults_photon import Findings, VolumeError, VolumeFault, VolumeWarning
-from .files_photon import (
+from .scan_dicom_photon import MODALITY_TAG, read_dicom
+from .scan_faults_photon import Findings, VolumeError, VolumeFault, VolumeWarning
+from .scan_files_photon import (
     INFLATE_ERRORS,
     RAS_TO_LPS,
     SUFFIXES,
@@ -39,9 +39,9 @@ from .files_photon import (
     sniff,
     to_image,
 )
-from .grid_photon import Geometry, LinearInterpolation, interpolate_linear, model_grid, resample
-from .intensity_photon import intensity_window, scale_in_place, value_range
-from .nifti_photon import nifti_affine, nifti_unit, read_nifti
+from .scan_grid_photon import Geometry, LinearInterpolation, interpolate_linear, model_grid, resample
+from .scan_intensity_photon import intensity_window, scale_in_place, value_range
+from .scan_nifti_photon import nifti_affine, nifti_unit, read_nifti
 
 try:
     import SimpleITK as sitk

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .dicom_photon import MODALITIES, MODALITY_TAG
-from .faults_photon import VolumeError, VolumeFault
+from .scan_dicom_photon import MODALITIES, MODALITY_TAG
+from .scan_faults_photon import VolumeError, VolumeFault
 
 try:
     import SimpleITK as sitk
