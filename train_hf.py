@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from convert_photon import PATCH_EMBED
+from photon.run_folder import open_run
 from photon.training.data import Collator, check_files, check_rows, load_rows
 from photon.training.token_labels import TokenHead, TokenLabels
 from photon.training.trainer import GROUPS, PhotonTrainer, group_of
@@ -40,7 +41,6 @@ STAGES = ("align", "tune", "dense")
 PATCH_MODULE = PATCH_EMBED.removesuffix(".proj.weight")
 SCHEDULER_MODULE = "model.language_model.scheduler"
 LORA_TARGET = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-RUN_FILE = "run.json"
 # arguments of the Trainer that make a run what it is; the rest (logging, saving, workers) may change on a resume
 RUN_FIELDS = (
     "learning_rate", "vision_learning_rate", "aligner_learning_rate", "scheduler_learning_rate", "lr_scheduler_type",
@@ -233,28 +233,11 @@ def fingerprint(model_args, data_args, args, rows):
 
 
 def claim_folder(folder, run, resume):
-    """Take a folder for this run, or find it resumable. Returns the checkpoint to resume from, or `None`.
-
-    Raises: `ValueError` where the folder holds another run, or this one and `resume` is not asked for.
-    """
+    """Takes a folder for this run, or finds this run in it. Returns the checkpoint to resume from, or `None`."""
     folder = Path(folder)
-    stamp = folder / RUN_FILE
-    if stamp.is_file():
-        held = json.loads(stamp.read_text(encoding="utf-8"))
-        other = sorted(key for key in held.keys() | run.keys() if held.get(key) != run.get(key))
-        if other:
-            seen = "; ".join(f"{key} {held.get(key)!r}, asked for {run.get(key)!r}" for key in other)
-            raise ValueError(f"The output folder holds another run ({seen}). Choose another --output-dir.")
-        if not resume:
-            raise ValueError("The output folder holds this run already. Add --resume, or choose another --output-dir.")
-        return get_last_checkpoint(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"The output folder is not empty and holds no {RUN_FILE}. Choose another --output-dir.")
-    if resume:
-        raise ValueError("There is no run to resume in the output folder. Leave --resume out, or check --output-dir.")
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    return None
+    begun = folder.is_dir() and any(folder.iterdir())
+    begun = open_run(folder, run, begun=begun, resume=resume, option="--output-dir")
+    return get_last_checkpoint(folder) if begun else None
 
 
 def check_checkpoint(model, folder):

@@ -17,10 +17,11 @@ from transformers import AutoTokenizer
 
 from conftest import ROOT, tiny_config
 from photon.loading import build_processor
+from photon.rows import RowError
 from photon.scan_grid_photon import Geometry
 from photon.training import data as training_data
 from photon.training import perturbations
-from photon.training.data import Collator, DataError, ScanSampler, check_files, check_rows, load_rows
+from photon.training.data import Collator, ScanSampler, check_files, check_rows, load_rows
 from photon.training.token_labels import TokenHead, TokenLabels, evidence_losses, evidence_tokens
 
 GRID, SPACING = (28, 56, 84), (5.0, 3.0, 2.0)  # 2 x 2 x 3 = 12 tokens
@@ -43,7 +44,10 @@ def write_scan(path, seed, size=(23, 31, 37)):
 
 
 def write_rows(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
@@ -126,7 +130,8 @@ def test_a_data_set_of_the_hub(folder, rows, monkeypatch):
 FAULTS = {
     "the line is empty": "",
     "not JSON": '{"messages": [',
-    "expected an object": "[1, 2]",
+    "not a JSON object": "[1, 2]",
+    "not UTF-8": b"\xff",
     "'messages' is null": {"volumes": ["scans/0.nii.gz"]},
     "'messages' is empty": {"messages": []},
     "role is 'doctor'": {"messages": [{"role": "doctor", "content": "?"}]},
@@ -148,7 +153,7 @@ FAULTS = {
 
 def test_every_fault_is_named_by_file_and_line(folder):
     path = write_rows(folder / "faulty.jsonl", [json.dumps(ROWS[0]), *FAULTS.values(), json.dumps(ROWS[1])])
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(RowError) as caught:
         load_rows(path)
     lines = str(caught.value).splitlines()
     assert lines[0].startswith(f"{len(FAULTS)} faulty rows")
@@ -158,10 +163,10 @@ def test_every_fault_is_named_by_file_and_line(folder):
 
 def test_many_faults_are_counted_and_no_file_is_said(folder):
     path = write_rows(folder / "many.jsonl", ["{"] * 33)
-    with pytest.raises(DataError, match="33 faulty rows") as caught:
+    with pytest.raises(RowError, match="33 faulty rows") as caught:
         load_rows(path)
     assert "and 13 more" in str(caught.value) and len(str(caught.value).splitlines()) == 22
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(RowError, match="holds no rows"):
         load_rows(write_rows(folder / "none.jsonl", []))
     with pytest.raises(FileNotFoundError, match="absent.jsonl"):
         load_rows(folder / "absent.jsonl")
@@ -171,12 +176,12 @@ def test_all_missing_scans_are_listed_without_their_names(folder, rows):
     check_files(rows)
     secret = [dict(ROWS[1], volumes=[f"scans/Smith{i}.nii.gz", "scans/0.nii.gz"]) for i in range(40)]
     found = load_rows(write_rows(folder / "missing.jsonl", [ROWS[0], *secret]))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(RowError) as caught:
         check_files(found)
     message = str(caught.value)
     assert message.startswith("40 rows") and "Smith" not in message
     assert all(f"missing.jsonl line {number}: scan 1 of 2 is missing" in message for number in range(2, 42))
-    with pytest.raises(DataError, match="line 1: no 'labels'"):
+    with pytest.raises(RowError, match="line 1: no 'labels'"):
         check_files(rows, token_labels=True)
 
 
@@ -186,9 +191,9 @@ def test_lengths_are_those_of_the_batch_and_cut_answers_are_refused(rows, proces
     assert lengths == batch["attention_mask"].sum(-1).tolist() and len(set(lengths)) == 3
     limit = sorted(lengths)[1]
     longest = lengths.index(max(lengths))
-    with pytest.raises(DataError, match=f"1 rows cannot.*\n.*line {longest + 1}: {max(lengths)} tokens, of which"):
+    with pytest.raises(RowError, match=f"1 rows cannot.*\n.*line {longest + 1}: {max(lengths)} tokens, of which"):
         check_rows(rows, processor, limit)
-    with pytest.raises(DataError, match=f"line {longest + 1}: .* nothing is cut"):
+    with pytest.raises(RowError, match=f"line {longest + 1}: .* nothing is cut"):
         Collator(processor, limit)(list(rows))
 
 
@@ -196,9 +201,9 @@ def test_a_template_without_marks_is_refused(rows, processor):
     template = processor.chat_template
     try:
         processor.chat_template = template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
-        with pytest.raises(DataError, match="line 1: all labels are masked"):
+        with pytest.raises(RowError, match="line 1: all labels are masked"):
             check_rows(rows, processor, 1000)
-        with pytest.raises(DataError, match="line 1: all labels are masked"):
+        with pytest.raises(RowError, match="line 1: all labels are masked"):
             Collator(processor, 1000)(list(rows))
     finally:
         processor.chat_template = template
@@ -257,7 +262,7 @@ def test_an_unreadable_scan_is_named_by_its_row(folder, processor):
     shutil.copy(folder / "train.jsonl", folder / "Smith.nii.gz")
     broken = [ROWS[0], dict(ROWS[0], volumes=["Smith.nii.gz"]), ROWS[2]]
     found = load_rows(write_rows(folder / "broken.jsonl", broken))
-    with pytest.raises(DataError, match="^broken.jsonl line 2: ") as caught:
+    with pytest.raises(RowError, match="^broken.jsonl line 2: ") as caught:
         Collator(processor, 1000)(list(found))
     assert "Smith" not in str(caught.value)
 
@@ -437,7 +442,7 @@ def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     batch = Collator(processor, 1000, cache_dir=tmp_path / "cache", token_labels=labels)([row])
     assert [target.shape for target in batch["token_targets"]] == [(12, 4, 2, 4)]
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1  # head and collator share the prepared scan
-    with pytest.raises(DataError, match="row.jsonl line 1: a label map holds labels up to 2"):
+    with pytest.raises(RowError, match="row.jsonl line 1: a label map holds labels up to 2"):
         Collator(processor, 1000, token_labels=TokenLabels(processor.image_processor, 2))([row])
 
 

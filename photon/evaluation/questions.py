@@ -745,12 +745,13 @@ def _after(before, question, answer):
 
 def _read_jsonl(source):
     """Rows of the training format; `kind`, `subtask`, `patient`, `options` and `choices` are taken where given."""
-    from photon.training.data import DataError, load_rows
+    from photon.rows import RowError
+    from photon.training.data import load_rows
 
     file = source.files[0]
     try:
         good = load_rows(file, volume_root=source.scans.root)
-    except DataError as error:
+    except RowError as error:
         raise BenchmarkError(str(error)) from error
     for (place, record), row in zip(_json(source, file), good, strict=True):
         try:

@@ -24,7 +24,8 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-MAX_FAULTS = 20  # as many are spelt out; the rest is counted
+from photon.rows import RowError, build_rows, kind_of, read_rows
+
 MARK = re.compile(r"<volume>|<video>")
 ROLES = ("system", "user", "assistant")
 VOLUME_KEYS = {"path", "series", "frame"}
@@ -46,16 +47,6 @@ FEATURES = Features(
 )
 
 
-class DataError(ValueError):
-    """Something in the data, named by file and line."""
-
-    @classmethod
-    def of(cls, faults, what):
-        """One error for a list of faults, each a line of text."""
-        more = [f"... and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        return cls("\n  ".join([f"{len(faults)} {what}:", *faults[:MAX_FAULTS], *more]))
-
-
 # === Rows ============================================================================================================
 
 
@@ -66,7 +57,7 @@ def load_rows(source, split=None, volume_root=None):
         source: path of a .jsonl file, or a Hub id.
         split: of a Hub data set; default "train".
         volume_root: folder from which relative paths of scans count; default the file's own.
-    Raises: `DataError` with each faulty row's file and line.
+    Raises: `RowError` with each faulty row's file and line.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json") or path.exists():
@@ -75,70 +66,51 @@ def load_rows(source, split=None, volume_root=None):
         if not path.is_file():
             raise FileNotFoundError(f"There is no data file {path.name}; expected a .jsonl file.")
         root = path.parent if volume_root is None else Path(volume_root)
-        records = _lines(path)
+        records = read_rows(path)
     else:
         split = split or "train"
         data = load_dataset(str(source), split=split)
         root = Path() if volume_root is None else Path(volume_root)
         records = ((f"{source} {split} row {number}", record) for number, record in enumerate(data))
     rows, faults = [], []
-    for where, record in records:
-        try:
-            if isinstance(record, DataError):
-                raise record
-            rows.append({"where": where, "example": len(rows), **_row(record, root)})
-        except DataError as error:
-            faults.append(f"{where}: {error}")
+    for where, row in build_rows(records, lambda record: _row(record, root)):
+        if isinstance(row, RowError):
+            faults.append(f"{where}: {row}")
+        else:
+            rows.append({"where": where, "example": len(rows), **row})
     if faults:
-        raise DataError.of(faults, "faulty rows")
+        raise RowError.of(faults, "faulty rows")
     if not rows:
-        raise DataError(f"{path.name} holds no rows; expected one JSON object a line.")
+        raise RowError(f"{path.name} holds no rows; expected one JSON object a line.")
     return Dataset.from_list(rows, features=FEATURES)
 
 
-def _lines(path):
-    """(place, record or `DataError`) of each line."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line) if line.strip() else DataError("the line is empty; remove it")
-            except json.JSONDecodeError as error:
-                record = DataError(f"not JSON ({error.msg} at character {error.pos + 1})")
-            yield f"{path.name} line {number}", record
-
-
 def _row(record, root):
-    if not isinstance(record, dict):
-        raise DataError(f"expected an object with 'messages', got {_kind(record)}")
     if record.get("volumes") and record.get("videos"):
-        raise DataError("has both 'volumes' and 'videos', two names of one thing; keep one")
+        raise RowError("has both 'volumes' and 'videos', two names of one thing; keep one")
     listed = _list(record, "volumes") or _list(record, "videos")
     messages, inline = _messages(record.get("messages"))
     if inline and listed:
-        raise DataError("names scans both within 'messages' and in 'volumes'; keep one")
+        raise RowError("names scans both within 'messages' and in 'volumes'; keep one")
     volumes = [_volume(entry, root) for entry in inline or listed]
     places = sum(part["type"] == "volume" for message in messages for part in message["content"])
     if places != len(volumes):
-        raise DataError(
+        raise RowError(
             f'{places} places for scans in \'messages\', but {len(volumes)} scans; write {{"type": "volume"}}, or '
             "<volume> in plain text, once for each"
         )
     if messages[-1]["role"] != "assistant" or not _text(messages[-1]).strip():
-        raise DataError("a prompt without an answer; the last message must be the assistant's, and not empty")
+        raise RowError("a prompt without an answer; the last message must be the assistant's, and not empty")
     maps = {name: [str(root / _string(path, name)) for path in _list(record, name)] for name in ("labels", "lesions")}
     for name, paths in maps.items():
         if len(paths) not in (0, len(volumes)):
-            raise DataError(f"{len(paths)} {name!r} for {len(volumes)} scans; give one for each, or none")
+            raise RowError(f"{len(paths)} {name!r} for {len(volumes)} scans; give one for each, or none")
     evidence = _list(record, "evidence")
     if any(type(value) is not int or value < 1 for value in evidence):
-        raise DataError(f"'evidence' is {evidence}; expected values of the label maps, whole numbers from 1")
+        raise RowError(f"'evidence' is {evidence}; expected values of the label maps, whole numbers from 1")
     known = {name: None if record.get(name) is None else str(record[name]) for name in ("id", "task", "answer")}
     known["answer"] = known["answer"] or _text(messages[-1]).strip()
     return {"messages": messages, "volumes": volumes, **maps, "evidence": evidence, **known}
-
-
-def _kind(value):
-    return "null" if value is None else type(value).__name__
 
 
 def _list(record, name):
@@ -146,23 +118,23 @@ def _list(record, name):
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError(f"{name!r} is {_kind(value)}; expected a list")
+        raise RowError(f"{name!r} is {kind_of(value)}; expected a list")
     return value
 
 
 def _string(value, name):
     if not isinstance(value, str) or not value:
-        raise DataError(f"{name!r} holds {_kind(value)}; expected paths")
+        raise RowError(f"{name!r} holds {kind_of(value)}; expected paths")
     return value
 
 
 def _volume(entry, root):
     entry = entry if isinstance(entry, dict) else {"path": entry}
     if entry.get("bytes") is not None:
-        raise DataError("a scan is embedded as bytes; write the scans to a folder and name it by volume_root")
+        raise RowError("a scan is embedded as bytes; write the scans to a folder and name it by volume_root")
     unknown = {key for key, value in entry.items() if value is not None} - VOLUME_KEYS
     if unknown:
-        raise DataError(f"a scan has the keys {sorted(unknown)}; expected 'path', and 'series' or 'frame' if need be")
+        raise RowError(f"a scan has the keys {sorted(unknown)}; expected 'path', and 'series' or 'frame' if need be")
     series, frame = entry.get("series"), entry.get("frame")
     return {
         "path": str(root / _string(entry.get("path"), "volumes")),
@@ -174,12 +146,12 @@ def _volume(entry, root):
 def _messages(messages):
     """Messages with content lists of text and volume, and the scans named in them."""
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"'messages' is {'empty' if messages == [] else _kind(messages)}; expected a chat")
+        raise RowError(f"'messages' is {'empty' if messages == [] else kind_of(messages)}; expected a chat")
     out, inline = [], []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise DataError(f"a message's role is {role!r}; expected one of {', '.join(ROLES)}")
+            raise RowError(f"a message's role is {role!r}; expected one of {', '.join(ROLES)}")
         content = message.get("content")
         parts = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
@@ -191,9 +163,9 @@ def _messages(messages):
             elif kind == "text" and isinstance(part.get("text"), str):
                 parts += _split(part["text"])
             else:
-                raise DataError(f"a content part of type {kind!r}; expected 'text' with a text, or 'volume'")
+                raise RowError(f"a content part of type {kind!r}; expected 'text' with a text, or 'volume'")
         if role != "user" and any(part["type"] == "volume" for part in parts):
-            raise DataError(f"a scan in a turn of the {role}; scans belong to the user's turns")
+            raise RowError(f"a scan in a turn of the {role}; scans belong to the user's turns")
         out.append({"role": role, "content": parts})
     return out, inline
 
@@ -216,7 +188,7 @@ def _text(message):
 
 
 def check_files(rows, token_labels=False):
-    """Raise `DataError` that lists every row with a scan, or a label map, that is not there."""
+    """Raise `RowError` that lists every row with a scan, or a label map, that is not there."""
     faults, exists = [], {}
 
     def there(path):
@@ -235,13 +207,13 @@ def check_files(rows, token_labels=False):
         if missing:
             faults.append(f"{row['where']}: {', '.join(missing)} is missing")
     if faults:
-        raise DataError("\n  ".join([f"{len(faults)} rows name files that are not there:", *faults]))
+        raise RowError("\n  ".join([f"{len(faults)} rows name files that are not there:", *faults]))
 
 
 def check_rows(rows, processor, max_length, batch=256):
     """Each row's tokens, visual ones included; a list of int. No scan is read.
 
-    Raises: `DataError` that lists rows whose answer `max_length` would cut away, and rows with nothing to learn.
+    Raises: `RowError` that lists rows whose answer `max_length` would cut away, and rows with nothing to learn.
     """
     volumes = processor.image_processor
     visual = int(torch.tensor(volumes.grid_thw).prod()) // volumes.merge_size**2
@@ -268,7 +240,7 @@ def check_rows(rows, processor, max_length, batch=256):
                     "({% generation %})"
                 )
     if faults:
-        raise DataError.of(faults, "rows cannot be learned from")
+        raise RowError.of(faults, "rows cannot be learned from")
     return lengths
 
 
@@ -356,27 +328,25 @@ class Collator:
     def __call__(self, rows):
         try:
             return self._batch(rows)
-        except DataError:
+        except RowError:
             raise
         except ValueError as error:  # of a scan that cannot be read, say
             for row in rows if len(rows) > 1 else ():
                 self([row])  # raises with the one row's place
-            raise DataError(f"{rows[0]['where']}: {error}") from error
+            raise RowError(f"{rows[0]['where']}: {error}") from error
 
     def _batch(self, rows):
         batch = self._encode(rows)
         lengths = batch["attention_mask"].sum(-1).tolist()
         for row, length in zip(rows, lengths, strict=True):
             if length > self.max_length:
-                raise DataError(
-                    f"{row['where']}: {length} tokens, but max_length is {self.max_length}; nothing is cut"
-                )
+                raise RowError(f"{row['where']}: {length} tokens, but max_length is {self.max_length}; nothing is cut")
         if self.answers:
             learned = batch.pop("assistant_masks").bool()
             batch["labels"] = batch["input_ids"].masked_fill(~learned, -100)
             for row, some in zip(rows, learned.any(-1).tolist(), strict=True):
                 if not some:
-                    raise DataError(
+                    raise RowError(
                         f"{row['where']}: all labels are masked; the chat template marks no assistant token"
                     )
         batch["volume_count"] = torch.tensor([len(row["volumes"]) for row in rows])
