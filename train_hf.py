@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from convert_photon import PATCH_EMBED
+from photon.conversion import PATCH_EMBED
 from photon.run_folder import open_run
 from photon.training.data import Collator, check_files, check_rows, load_rows
 from photon.training.token_labels import TokenHead, TokenLabels

@@ -1,4 +1,4 @@
-"""What the commands say to a person: one line a warning, one line a fault."""
+"""How commands report to a person: one line for each warning and each fault."""
 
 import sys
 import warnings
@@ -9,13 +9,13 @@ from transformers.utils import logging
 
 
 def print_warning(message, *where):
-    """A warning as one line without the file of this machine that gave it (a `warnings.showwarning`)."""
+    """Prints a warning as one line without the source file (a `warnings.showwarning`)."""
     print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 @contextmanager
 def one_line_faults():
-    """Runs a command's body: a fault of the input or of the machine becomes one line and exit code 2."""
+    """Turns a fault of the input or of the machine into one line and exit code 2, around a command's body."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:

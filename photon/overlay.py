@@ -1,4 +1,4 @@
-"""Three planes of a scan, upright, with outlines around what was kept.
+"""Three upright planes of a scan, with outlines around what was kept.
 
 Radiological convention: the patient's right on the picture's left in axial and coronal views, anterior on the left in
 sagittal ones; anterior or superior up. Nothing but voxels is drawn: no name, no date, no path.
@@ -42,15 +42,15 @@ def views(scan, kept=None, at=None):
     Args:
         scan: 3D image of any orientation; an oblique one is shown along its own axes.
         kept: image on the same voxels, nonzero where kept.
-        at: (x, y, z) voxel indices in LPS order through which the planes go; default where there is most to see, of
-            the body both kept and dropped.
+        at: (x, y, z) voxel indices in LPS order of the three planes; by default the planes that cross most of the
+            body's kept and dropped parts.
     """
     scan = sitk.DICOMOrient(scan, "LPS")  # array (z, y, x): to superior, posterior, left
     pixels = sitk.GetArrayFromImage(scan)
     mask = np.zeros(pixels.shape, bool) if kept is None else sitk.GetArrayFromImage(sitk.DICOMOrient(kept, "LPS")) > 0
     if at is None:
         body = sitk.GetArrayFromImage(sitk.OtsuThreshold(scan, 0, 1)) > 0
-        at = most_telling(mask & body, body & ~mask)
+        at = telling_planes(mask & body, body & ~mask)
     x, y, z = at
     dx, dy, dz = scan.GetSpacing()
     up = slice(None, None, -1)  # superior is the last slice and belongs on top
@@ -61,13 +61,14 @@ def views(scan, kept=None, at=None):
     ]
 
 
-def seen(name, pixels, spacing):
+def upright_view(name, pixels, spacing):
     """`View` of a plane that is upright already, without outlines."""
     return View(name, pixels, np.zeros(pixels.shape, bool), spacing, SIDES[name])
 
 
-def most_telling(kept, dropped):
-    """(x, y, z) of the planes that cross most of both masks (z, y, x), of equal ones that nearest to the centre."""
+def telling_planes(kept, dropped):
+    """(x, y, z) of the three planes that cross most of both masks (z, y, x); among equals the plane nearest to the
+    centre."""
     place = []
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)
@@ -79,12 +80,17 @@ def most_telling(kept, dropped):
 
 
 def draw(planes, file, caption="", window=SOFT_TISSUE):
-    """Write a PNG (or what the suffix says) of views side by side.
+    """Write one picture of several views, side by side.
 
-    window: (lo, hi) in the scan's units, black to white.
+    Args:
+        planes: list of `View`.
+        file: path; its suffix decides the format (PNG, JPEG, PDF, SVG).
+        caption: text below the views.
+        window: (low, high) in the scan's units, drawn black and white.
+    Raises: `ImportError` without matplotlib, `OSError` where the file cannot be written.
     """
     if Figure is None:
-        raise ImportError("drawing needs matplotlib: pip install matplotlib")
+        raise ImportError("Drawing needs matplotlib: pip install matplotlib")
     widths = [plane.pixels.shape[1] * plane.spacing[1] for plane in planes]
     heights = [plane.pixels.shape[0] * plane.spacing[0] for plane in planes]
     scale = 14 / sum(widths)  # inches a mm

@@ -1,14 +1,15 @@
-"""Show what works: a CT file and a DICOM folder are read, asked about, and drawn.
+"""Reads a CT file and a DICOM folder, asks questions about them, and draws what was kept.
 
     python scripts/demo.py [--output DIR]
 
-A phantom that the tiny model was not trained on, written as NIfTI and as a DICOM series, with the right answers beside
-the model's; and the real scans in $PHOTON_TEST_DATA (default: ../shared/data beside the repository) where they are.
+The CT is a phantom on which the tiny model was not trained, written as NIfTI and as a DICOM series; the right answers
+stand beside the model's. Real scans are added where $PHOTON_TEST_DATA (default: ../shared/data) has them.
 """
 
 import argparse
 import os
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -17,18 +18,20 @@ import SimpleITK as sitk
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ask  # noqa: E402
+from photon import overlay  # noqa: E402
+from photon.asking import ask, caption, describe, kept_views  # noqa: E402
+from photon.loading import load  # noqa: E402
 from photon.phantoms.patient import PhantomConfig, make_patient  # noqa: E402
 
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))
-SEED, PATIENT = 1, 3  # the model has seen patients of seed 0
+SEED, PATIENT = 1, 3  # the model was trained on patients of seed 0
 CONFIG = PhantomConfig(diameters=(20.0, 28.0, 35.0, 42.0), contrast=(140.0, 210.0), ground_glass=0.0)
 PHANTOM = {"NIfTI": "phantom.nii.gz", "DICOM folder": "phantom_dicom"}
 ORGANS = ("liver", "spleen", "left kidney", "right lung")
 
 
 def write_dicom(image, folder):
-    """A CT as a DICOM series of one file a slice, without a patient. Takes a SimpleITK image of integers."""
+    """Write a CT (a SimpleITK image of integers) as a DICOM series of one file a slice, without patient data."""
     folder.mkdir(parents=True, exist_ok=True)
     image = sitk.Cast(sitk.DICOMOrient(image, "LPS"), sitk.sitkInt16)
     direction = image.GetDirection()
@@ -58,7 +61,10 @@ def write_dicom(image, folder):
 
 
 def scans(output):
-    """(name, path, truth) of what is shown; the truth is `None` where the scan is no phantom."""
+    """A list of (name, path, organs with a lesion); the organs are `None` where the scan is not a phantom.
+
+    Writes the phantom's files into the folder `output`.
+    """
     image, _, _, facts = make_patient(SEED, PATIENT, config=CONFIG)
     sitk.WriteImage(image, str(output / PHANTOM["NIfTI"]), useCompression=True)
     write_dicom(image, output / PHANTOM["DICOM folder"])
@@ -66,30 +72,31 @@ def scans(output):
     listed = [(f"phantom ({kind})", output / name, truth) for kind, name in PHANTOM.items()]
     for name, path in (("real CT (NIfTI)", DATA / "example_ct.nii.gz"), ("real CT (DICOM)", DATA / "ct_dicom")):
         if path.exists():
-            listed.append((f"{name}; the model has learnt phantoms alone, so its answers say nothing", path, None))
+            listed.append((f"{name}; the model has learnt phantoms only, so these answers mean nothing", path, None))
     return listed
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "demo", help="folder for pictures and maps")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo", help="folder for scans, pictures and maps")
     output = parser.parse_args(argv).output
     output.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("default")
-    processor, model = ask.load(ROOT)
+    processor, model = load(ROOT)
     for number, (name, path, truth) in enumerate(scans(output), start=1):
         print(f"\n{name}")
         for organ in ORGANS:
             question = f"Is there a lesion in the {organ}?"
-            result, inputs, keep = ask.ask(processor, model, [path], question)
+            result, inputs, keep_mask = ask(processor, model, [path], question)
             right = "" if truth is None else f" (right: {'yes' if organ in truth else 'no'})"
-            print(f"  {question}{right}\n    {ask.described(result)}".replace("\n", "\n    "))
-        sitk.WriteImage(processor.keep_map(keep, inputs), str(output / f"kept_{number}.nii.gz"), useCompression=True)
-        caption = ask.caption(question, result)
-        ask.outlined(processor, inputs, keep, [{"volume": path}], output / f"overlay_{number}.png", caption)
+            print(textwrap.indent(f"{question}{right}\n{textwrap.indent(describe(result), '  ')}", "  "))
+        kept = processor.keep_map(keep_mask, inputs)
+        sitk.WriteImage(kept, str(output / f"kept_{number}.nii.gz"), useCompression=True)
+        for views, window in kept_views(processor, inputs, keep_mask, [path]):
+            overlay.draw(views, output / f"overlay_{number}.png", caption(question, result), window)
     print(
-        f"\nPictures and maps of the kept tokens are in {output.name}/. The model at this root is tiny; its answers "
-        "are no medical ones."
+        f"\nScans, pictures and maps of the kept tokens are in {output.name}/. The model at this root is tiny and has "
+        "learnt phantoms only; about a patient its answers mean nothing."
     )
 
 

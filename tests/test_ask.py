@@ -11,7 +11,8 @@ from PIL import Image
 
 import ask
 from conftest import ROOT, SETTINGS, TOKENS, run_fresh
-from photon import overlay
+from photon import asking, overlay
+from photon.loading import load
 
 QUESTION = "Is there a lesion in the liver?"
 
@@ -61,13 +62,13 @@ def test_json_and_maps(capsys, scan, tmp_path):
 
 def test_the_answer_is_that_of_generate(scan):
     """Timed in parts, with the vision tower called apart; the answer must not know."""
-    processor, model = ask.load(ROOT)
-    result, inputs, keep = ask.ask(processor, model, [str(scan)], QUESTION, max_new_tokens=5)
+    processor, model = load(ROOT)
+    result, inputs, keep = asking.ask(processor, model, [str(scan)], QUESTION, max_new_tokens=5)
     whole = model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True)
     tokens = whole.sequences[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(tokens, skip_special_tokens=True).strip() == result["answer"]
     assert torch.equal(whole.past_key_values.cut.keep_mask, keep)
-    assert f"(threshold {result['threshold']:.3f})" in ask.described(result)
+    assert f"(threshold {result['threshold']:.3f})" in asking.describe(result)
     counts = {}
     for where in (result["threshold"] - 1e-4, result["threshold"] + 1e-4):
         model.model.language_model.scheduler.register_forward_hook(
@@ -82,8 +83,8 @@ def test_the_answer_is_that_of_generate(scan):
 
 def test_the_keep_map_is_the_mask_in_the_patient(scan, tmp_path):
     """Each voxel of the scan, carried to the model's grid by hand, finds its token's bit."""
-    processor, model = ask.load(ROOT)
-    _, inputs, keep = ask.ask(processor, model, [str(scan)], QUESTION, keep_ratio=0.4, max_new_tokens=1)
+    processor, model = load(ROOT)
+    _, inputs, keep = asking.ask(processor, model, [str(scan)], QUESTION, keep_ratio=0.4, max_new_tokens=1)
     image, grid = sitk.ReadImage(str(scan)), inputs.scans[0][0]["grid"]
     size = np.array(image.GetSize())
     index = np.indices(size).reshape(3, -1)  # x, y, z
@@ -268,12 +269,12 @@ def test_planes_go_where_there_is_something_to_see():
     kept = np.zeros((9, 11, 13), bool)
     dropped = np.zeros_like(kept)
     kept[2, 3, 4] = dropped[2, 3, 5] = dropped[2, 4, 4] = dropped[3, 3, 4] = True
-    assert overlay.most_telling(kept, dropped) == (4, 3, 2)
+    assert overlay.telling_planes(kept, dropped) == (4, 3, 2)
 
 
 def test_a_caption_is_drawn_as_it_is(tmp_path):
     """Dollar signs are no formula, long answers do not cover the picture, and thin slabs keep their marks."""
-    plane = overlay.seen("axial", np.arange(6.0).reshape(2, 3), (2.0, 40.0))
+    plane = overlay.upright_view("axial", np.arange(6.0).reshape(2, 3), (2.0, 40.0))
     for caption in ("costs $5 and $x_{", "word " * 2000, ""):
         overlay.draw([plane], tmp_path / "a.png", caption, (0, 5))
         assert (tmp_path / "a.png").stat().st_size > 1000

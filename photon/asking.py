@@ -1,0 +1,137 @@
+"""One question about one or more scans: the answer with counts and seconds, and pictures of what was kept.
+
+processor, model = load(folder)
+result, inputs, keep_mask = ask(processor, model, ["ct.nii.gz"], "Is there a lesion in the liver?")
+for views, window in kept_views(processor, inputs, keep_mask, ["ct.nii.gz"]):
+    overlay.draw(views, "kept.png", caption(question, result), window)
+"""
+
+import time
+import warnings
+
+import torch
+from transformers import StoppingCriteria
+
+from photon import overlay
+from photon.scan_intensity_photon import find_modality, intensity_window
+from photon.scan_reader_photon import read_volume
+
+
+@torch.inference_mode()
+def ask(processor, model, scans, question, **generate_options):
+    """The answer to one question about one or more scans, with counts and times.
+
+    Args:
+        processor, model: as `photon.loading.load` returns them.
+        scans: list of paths, of objects in memory, or of dicts {"volume": scan, "series": ..., "frame": ...}.
+        question: text.
+        generate_options: arguments of `generate` (`token_budget`, `use_scheduler`, `max_new_tokens`, ...).
+    Returns:
+        a dict: `answer`; `tokens_kept` of `tokens_seen` visual tokens; `threshold` of the saliency, `None` where the
+        number of tokens was given; `answer_tokens`; `seconds` of reading, vision, prefill and decode;
+        the processor's inputs; the keep mask (1, V), bool.
+    Raises: `VolumeError` where a scan cannot be read; `ValueError` where the options exclude each other.
+    """
+    device = model.device
+    conversation = [{"role": "user", "content": [*map(_volume_part, scans), {"type": "text", "text": question}]}]
+    start = time.perf_counter()
+    inputs = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    end_of_reading = time.perf_counter()
+    inputs = inputs.to(device)
+    start_of_vision = _now(device)
+    features = model.model.get_video_features(
+        inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+    )
+    end_of_vision = _now(device)
+    clock = _FirstTokenClock(device)
+    output = model.generate(
+        **{name: value for name, value in inputs.items() if name != "pixel_values_videos"},
+        mm_encoder_outputs={"video": features},
+        stopping_criteria=[clock],
+        return_dict_in_generate=True,
+        **generate_options,
+    )
+    end = _now(device)
+    total = int((inputs["input_ids"] == model.config.video_token_id).sum())
+    cut = output.past_key_values.cut
+    keep_mask = torch.ones(1, total, dtype=torch.bool) if cut is None else cut.keep_mask
+    answer = output.sequences[0, inputs["input_ids"].shape[1] :]
+    by_threshold = cut is not None and not {"token_budget", "keep_ratio"} & set(generate_options)
+    result = {
+        "answer": processor.decode(answer, skip_special_tokens=True).strip(),
+        "tokens_kept": int(keep_mask.sum()),
+        "tokens_seen": total,
+        "threshold": float(cut.threshold[0]) if by_threshold else None,
+        "answer_tokens": len(answer),
+        "seconds": {
+            "reading": end_of_reading - start,
+            "vision": end_of_vision - start_of_vision,
+            "prefill": clock.first_token - end_of_vision,
+            "decode": end - clock.first_token,
+        },
+    }
+    return result, inputs, keep_mask
+
+
+class _FirstTokenClock(StoppingCriteria):
+    """Never stops generation; notes the time of the first token, where prefill ends and decoding begins."""
+
+    def __init__(self, device):
+        self.device, self.first_token = device, None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if self.first_token is None:
+            self.first_token = _now(self.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _now(device):
+    if device.type == "cuda":  # kernels run behind Python; wait, or the time belongs to another part
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _volume_part(scan):
+    return {"type": "volume", **(scan if isinstance(scan, dict) else {"volume": scan})}
+
+
+def describe(result):
+    """Two lines for a person: the answer, then what was kept and the seconds."""
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in result["seconds"].items())
+    threshold = "" if result["threshold"] is None else f" (threshold {result['threshold']:.3f})"
+    return (
+        f"{result['answer'] or '(empty answer)'}\n"
+        f"{result['tokens_kept']} of {result['tokens_seen']} visual tokens kept{threshold}; {seconds}"
+    )
+
+
+def caption(question, result):
+    """One line under a picture."""
+    answer = result["answer"] or "(empty answer)"
+    return f"{question}  {answer}  ({result['tokens_kept']} of {result['tokens_seen']} tokens kept)"
+
+
+def kept_views(processor, inputs, keep_mask, scans):
+    """For each scan its three planes with what was kept (`overlay.View`), and grey levels that suit it.
+
+    Args:
+        inputs, keep_mask: as `ask` returns them for these scans.
+        scans: as `ask` takes them.
+    Yields: a list of views, and (low, high) in the scan's units: soft tissue in CT, the model's range in MR.
+    """
+    for number, scan in enumerate(scans):
+        options = {key: value for key, value in _volume_part(scan).items() if key != "type"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # given when the scan was read for the model
+            image = read_volume(options.pop("volume"), **options)
+        yield overlay.views(image, processor.keep_map(keep_mask, inputs, 0, number)), _display_window(processor, image)
+
+
+def _display_window(processor, image):
+    settings = processor.image_processor
+    modality = find_modality(image, settings.modality, assume_hu=settings.assume_hu)
+    if modality == "ct":
+        return overlay.SOFT_TISSUE
+    return intensity_window(image, modality=modality, percentiles=settings.percentiles)
