@@ -48,7 +48,7 @@ class PhotonVolumeKwargs(TypedDict, total=False):
 
 class PhotonVolumeProcessor(ImageProcessingMixin):
     r"""
-    Reads a scan and resamples it once, from its own voxels to the model's grid.
+    Reads a scan and resamples it once, from the scan's voxels to the model's grid.
 
     Args:
         grid (`list[int]`): depth, height, width in voxels. Depth a multiple of `patch_size`, height and width of
@@ -56,14 +56,15 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         spacing (`list[float]`): mm between voxels along depth, height, width. The default covers 364 mm each way.
         orientation (`str`): where the grid's width, height and depth indices grow to, as SimpleITK's DICOMOrient
             names it. `"LAI"` is the release's RAI with its last axis flipped.
-        modality (`str`): `"auto"`, `"ct"` or `"mr"`. `"auto"` takes the DICOM's word or values that only HU have,
-            and refuses where neither tells.
+        modality (`str`): `"auto"`, `"ct"` or `"mr"`. `"auto"` takes the DICOM modality, or CT where the values are
+            HU, and refuses a scan where neither decides.
         window (`list[float]`): HU that become 0 and 1 in CT; outside the scan is its lower end, air.
         percentiles (`list[float]`): of the voxels that are not 0, those that become 0 and 1 in MR.
         scaling (`str`): `"window"`, or `"minmax"` over each volume after clipping, as the release does.
         mean, std (`float`): subtracted from and divided by after scaling to [0, 1].
         patch_size, merge_size (`int`): voxels a patch each way; patches a token along height and width.
-        tilt, gaps, monochrome1, fill_nonfinite, assume_hu, max_voxels: how faulty scans are met; see `read_volume`.
+        tilt, gaps, monochrome1, fill_nonfinite, assume_hu, max_voxels: how faulty scans are read; see `ReadOptions`
+            and `find_modality`.
     """
 
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
@@ -110,7 +111,7 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
 
     @property
     def settings(self):
-        """All that decides, beside the scan, what the model sees of it."""
+        """All that decides what the model sees of a scan, beside the scan."""
         return {name: getattr(self, name) for name in PhotonVolumeKwargs.__annotations__}
 
     @property
@@ -153,7 +154,7 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
 
     def prepare(self, volume, store=None):
         """One scan, or a dict of it with reading options, to patches (N, patch_size^3) and geometry; with a
-        `VolumeStore`, from there or to there."""
+        `VolumeStore`, read from it or written to it."""
         source, options = _source(volume)
         key = None if store is None else store.key(source, options)
         found = None if key is None else store.load(key)
@@ -171,13 +172,13 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         Args:
             volumes: list of scans, or of dicts of a scan under "path" or "volume" with reading options.
             cache_dir: folder where scans that come as files are kept preprocessed, in float16.
-            fields: of this processor, other for this call.
+            fields: fields of this processor that differ in this call.
         Returns: `pixel_values_videos` (patches of all scans, patch_size^3) float32, `video_grid_thw` (scans, 3), and
             `scans`, a list of the geometries: {"scan": ..., "grid": ..., "grid_thw": ...}.
         """
-        own = type(self)(**(self.settings | fields)) if fields else self
-        store = None if cache_dir is None else VolumeStore(cache_dir, own.settings)
-        patches, scans = zip(*(own.prepare(volume, store) for volume in volumes), strict=True)
+        processor = type(self)(**(self.settings | fields)) if fields else self
+        store = None if cache_dir is None else VolumeStore(cache_dir, processor.settings)
+        patches, scans = zip(*(processor.prepare(volume, store) for volume in volumes), strict=True)
         scans = list(scans)
         data = {
             "pixel_values_videos": np.concatenate(patches),
@@ -262,7 +263,7 @@ class PhotonProcessor(ProcessorMixin):
             if counts != given:
                 raise ValueError(
                     f"The prompts have {counts} volume placeholders ({self.video_token}), but {given} volumes were "
-                    "passed. Every scan needs one placeholder in its own prompt; the chat template writes them."
+                    "passed. Every scan needs one placeholder in its prompt; the chat template writes them."
                 )
         fields = {name: kwargs.pop(name) for name in PhotonVolumeKwargs.__annotations__ if name in kwargs}
         cache_dir = kwargs.pop("cache_dir", None)
@@ -300,7 +301,7 @@ class PhotonProcessor(ProcessorMixin):
         return images, videos, audios, extra | ({"volumes": rows} if any(rows) else {})
 
     def keep_map(self, keep_mask, inputs, row=0, volume=0):
-        """Which parts of a scan stayed, as a SimpleITK image (uint8, 1 kept) on the scan's own voxels.
+        """SimpleITK image (uint8, 1 kept) on the scan's voxels: which parts of the scan the model kept.
 
         Args:
             keep_mask: (B, V) of the model's output.

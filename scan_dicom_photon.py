@@ -1,8 +1,8 @@
-"""A DICOM series, classic or Enhanced multi-frame -> one image; what cannot be one regular volume is refused.
+"""A DICOM series, classic or Enhanced multi-frame, as one image; what cannot be one regular volume is refused.
 
-Headers are read first, all of them, without voxels; geometry is decided from positions and orientations alone (never
-from slice thickness, slice location, file names or the gantry-tilt tag); then voxels are decoded slice by slice into
-one array. pydicom decodes; transfer syntaxes which it lacks a plugin for go to the GDCM inside SimpleITK.
+All headers are read first, without voxels. Geometry comes from positions and orientations alone, never from slice
+thickness, slice location, file names or the gantry-tilt tag. Voxels are then decoded slice by slice into one array,
+by pydicom, or by the GDCM inside SimpleITK where pydicom has no plugin for the transfer syntax.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
-from .scan_files_photon import check_shape, damaged, rescale, to_image
+from .scan_files_photon import ReadOptions, ScanHeader, check_shape, damaged, rescale
+from .scan_grid_photon import Geometry
 from .scan_stack_photon import PHASE_TAGS, Slice, interpolate, one_phase, place_stack
 
 try:
@@ -33,8 +34,7 @@ try:
 except ImportError:
     sitk = None
 
-# What pydicom raises on a damaged file is not one family: a wrong byte may become a wrong length, type, tag or
-# encoding.
+# pydicom raises many types on a damaged file: a wrong byte may become a wrong length, type, tag or encoding.
 PARSE_ERRORS = (
     InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, KeyError, TypeError, IndexError,
     AttributeError, NotImplementedError, OverflowError, RecursionError, struct.error, zlib.error, AssertionError,
@@ -47,7 +47,7 @@ CT_MR_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")  # CT
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 DICOM_ROOT = b"1.2.840.10008"  # every transfer syntax and object class begins so
 APPLE_DOUBLE = b"\0\5\x16\7"  # what a Mac leaves beside each file on foreign disks, "._" before the same name
-HU_TYPES = ("", "HU", "US", "HU_MOD")  # of RescaleType; US is unspecified: then the values are looked at
+HU_TYPES = ("", "HU", "US", "HU_MOD")  # of RescaleType; US is unspecified: then the values are checked
 LOSSY = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81"}
 INSTALL = {
     "1.2.840.10008.1.2.4.90": "pip install pylibjpeg pylibjpeg-openjpeg",
@@ -69,7 +69,7 @@ _pydicom_lock = threading.RLock()  # warning filters and pydicom's log level bel
 
 @contextlib.contextmanager
 def _quiet():
-    """pydicom's own warnings and logs quote tag values; none of them may get out."""
+    """Silences pydicom's warnings and logs, which quote tag values."""
     log = logging.getLogger("pydicom")
     with _pydicom_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,28 +83,27 @@ def _quiet():
             sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
-def read_dicom(
-    path: Path, findings: Findings, *, series, frame, max_voxels, gaps="refuse", monochrome1="refuse"
-) -> "sitk.Image":
-    """Image of one series in a folder, or of one multi-frame file; modality under SimpleITK's key "0008|0060"."""
+def open_dicom(path: Path, options: ReadOptions, findings: Findings) -> ScanHeader:
+    """One series in a folder, or one multi-frame file."""
     if pydicom is None:
         raise ImportError("reading DICOM needs pydicom: pip install pydicom pylibjpeg pylibjpeg-openjpeg")
     with _quiet():
-        headers = _headers(path, findings)
-        headers = _choose_series(headers, series, findings)
-        slices = _slices(headers, findings)
-        slices = one_phase(slices, frame, findings)
-        affine, regular = place_stack(slices, findings, gaps)
-        check_shape((slices[0].shape[1], slices[0].shape[0], len(slices)), max_voxels)
-        _check_photometric(headers, monochrome1, findings)
-        voxels = _voxels(slices, invert=monochrome1 == "invert" and _is_monochrome1(headers))
-        if regular is not None:
-            voxels = interpolate(voxels, *regular)
-        image = to_image(voxels, affine)
-        modality = str(headers[0][1].get("Modality", "") or "")
-        if modality:
-            image.SetMetaData(MODALITY_TAG, modality if modality in MODALITIES else "OT")
-    return image
+        files = _choose_series(_headers(path, findings), options.series, findings)
+        slices = one_phase(_slices(files, findings), options.frame, findings)
+        affine, depth, heights = place_stack(slices, options.gaps, findings)
+        rows, columns = slices[0].shape
+        check_shape((columns, rows, len(slices)), options.max_voxels)
+        _check_photometric(files, options.monochrome1, findings)
+        invert = options.monochrome1 == "invert" and _is_monochrome1(files)
+        modality = str(files[0][1].get("Modality", "") or "")
+    geometry = Geometry.from_affine((columns, rows, depth), affine)
+
+    def read(progress=None) -> "sitk.Image":
+        with _quiet():
+            voxels = _voxels(slices, invert=invert)
+        return geometry.image(voxels if heights is None else interpolate(voxels, heights, depth))
+
+    return ScanHeader(geometry, read, modality if modality in MODALITIES or not modality else "OT")
 
 
 # === Which files, which series =======================================================================================
@@ -113,9 +112,9 @@ def read_dicom(
 def _headers(path: Path, findings: Findings) -> list:
     """[(path, dataset without voxels)] of every image in a folder; other files are counted, damaged ones refused."""
     files = sorted(p for p in path.iterdir() if not p.is_dir()) if path.is_dir() else [path]
-    home, headers, others = path.resolve(), [], 0
+    folder, headers, others = path.resolve(), [], 0
     for file in files:
-        if file.is_symlink() and path.is_dir() and home not in file.resolve().parents:
+        if file.is_symlink() and path.is_dir() and folder not in file.resolve().parents:
             raise VolumeError(
                 VolumeFault.LINK_LEAVES_FOLDER,
                 "The folder holds a link to a file outside it. Copy the slices themselves into the folder.",
@@ -123,7 +122,7 @@ def _headers(path: Path, findings: Findings) -> list:
         if file.is_symlink() and not file.exists():
             raise VolumeError(
                 VolumeFault.NO_SUCH_FILE,
-                "The folder holds a link to a file that is not there: a slice may be missing. Mend or remove it.",
+                "The folder holds a link to a file that does not exist: a slice may be missing. Repair or remove it.",
             )
         dataset = _header(file) if file.is_file() else None  # opening a pipe would wait for ever
         if dataset is None:
@@ -133,8 +132,8 @@ def _headers(path: Path, findings: Findings) -> list:
     if not headers:
         raise VolumeError(
             VolumeFault.NON_IMAGING_DICOM_FILES if others else VolumeFault.NOT_A_SCAN,
-            f"No DICOM image was found ({len(files)} files looked at). Give the folder that holds the slices "
-            "themselves; its sub-folders are not searched.",
+            f"No DICOM image was found among {len(files)} files. Give the folder that holds the slices "
+            "themselves; sub-folders are not searched.",
         )
     if others:
         findings.warn(
@@ -157,7 +156,7 @@ def _header(file: Path):
     try:
         dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER_TAGS, force=bare)
         kinds = [pydicom.uid.UID(str(d.get(name, "") or "")) for d, name in _classes(dataset)]
-        for _ in dataset.iterall():  # pydicom decodes on access: a damaged value is to fail here
+        for _ in dataset.iterall():  # pydicom decodes on access: a damaged value must fail here
             pass
         if "Rows" in dataset and "Columns" in dataset:
             for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames"):
@@ -171,7 +170,7 @@ def _header(file: Path):
 
 
 def _classes(dataset):
-    """What kind of object a file is, which it says twice: a damaged slice must not pass for a report."""
+    """The two places that name the class of a file's object: a damaged slice must not pass for a report."""
     return (dataset, "SOPClassUID"), (dataset.file_meta, "MediaStorageSOPClassUID")
 
 
@@ -204,7 +203,7 @@ def _named_series(ordered: list, series) -> list:
         if series == number or series == key[0] != "":
             return group
     raise VolumeError(
-        VolumeFault.SEVERAL_SERIES, f"series= names none of the {len(ordered)} series here: {_listing(ordered)}."
+        VolumeFault.SEVERAL_SERIES, f"series= matches none of the {len(ordered)} series: {_listing(ordered)}."
     )
 
 
@@ -233,7 +232,8 @@ def _is_volume(group: list) -> bool:
 
 
 def _is_aside(group: list) -> bool:
-    """Localisers and screenshots may be left out; any other lone slice may be cut off its series by a damaged tag."""
+    """Whether a group may be left out: a localiser or a screenshot. Any other lone slice may belong to the series,
+    with a damaged tag."""
     dataset = group[0][1]
     return _is_localiser(dataset) or str(dataset.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
 
@@ -254,7 +254,7 @@ def _slices(headers: list, findings: Findings) -> list[Slice]:
             elif int(dataset.get("NumberOfFrames") or 1) > 1:
                 raise VolumeError(
                     VolumeFault.NO_GEOMETRY,
-                    "A multi-frame file without functional groups does not say where its frames lie. Export the "
+                    "A multi-frame file without functional groups does not tell where its frames lie. Export the "
                     "series as Enhanced or as single slices.",
                 )
             else:
@@ -287,9 +287,9 @@ def _frame_slices(file: Path, dataset) -> list[Slice]:
     frames = dataset.PerFrameFunctionalGroupsSequence
     if len(frames) != int(dataset.get("NumberOfFrames") or 1):
         raise VolumeError(
-            VolumeFault.HEADER_LIES, "The multi-frame header describes another number of frames than it says."
+            VolumeFault.HEADER_LIES, "The multi-frame header describes another number of frames than it declares."
         )
-    return [_slice(file, i, [_flat(own), _flat(shared)], dataset) for i, own in enumerate(frames)]
+    return [_slice(file, i, [_flat(frame), _flat(shared)], dataset) for i, frame in enumerate(frames)]
 
 
 def _flat(group):
@@ -311,7 +311,7 @@ def _slice(file: Path, frame: int | None, groups: list, dataset) -> Slice:
         if value is None or len(np.atleast_1d(value)) != length:
             raise VolumeError(
                 VolumeFault.NO_GEOMETRY,
-                "A slice does not say where it lies (position, orientation or pixel spacing is missing). Export "
+                "A slice does not tell where it lies (position, orientation or pixel spacing is missing). Export "
                 "the series again from its source.",
             )
     slope, intercept = get("RescaleSlope"), get("RescaleIntercept")
@@ -362,8 +362,7 @@ def _check_photometric(headers: list, monochrome1: str, findings: Findings) -> N
         if monochrome1 == "refuse":
             raise VolumeError(
                 VolumeFault.MONOCHROME1,
-                "The series is MONOCHROME1. By the standard its numbers stand as they are and only the display "
-                "is inverted, "
+                "The series is MONOCHROME1. By the standard its numbers are right and only the display is inverted, "
                 'but some writers invert the numbers: pass monochrome1="as_stored" or "invert".',
             )
         findings.warn(VolumeFault.MONOCHROME1, f"MONOCHROME1, read {monochrome1.replace('_', ' ')}.")
@@ -379,14 +378,14 @@ def _voxels(slices: list[Slice], *, invert: bool) -> np.ndarray:
     files = defaultdict(list)
     for k, item in enumerate(slices):
         files[item.path].append((k, item))
-    with ThreadPoolExecutor(max_workers=4) as pool:  # in order, so that few decoded slices wait at a time
+    with ThreadPoolExecutor(max_workers=4) as pool:  # in order, so that few decoded slices wait
         for (_, items), (frames, top) in zip(files.items(), pool.map(_decode, files), strict=True):
             for k, item in items:
                 if frames.shape[1:] != (rows, columns) or (item.frame or 0) >= len(frames):
-                    raise VolumeError(VolumeFault.HEADER_LIES, "A slice holds other voxels than its header says.")
+                    raise VolumeError(VolumeFault.HEADER_LIES, "A slice's number of voxels is not that of its header.")
                 plane = frames[item.frame or 0]
                 if top is None and (invert or item.frame is not None):
-                    raise _no_decoder(item.path)  # GDCM's values are rescaled already, by rules of its own
+                    raise _no_decoder(item.path)  # GDCM's values are rescaled already, by GDCM's rules
                 if invert:
                     plane = top - plane.astype(np.int32)
                 plane = plane if top is None else rescale(plane, item.slope, item.intercept)
@@ -409,7 +408,7 @@ def _decode(path: Path):
     try:
         dataset = pydicom.dcmread(path, force=True)
         if dataset.preamble is None and "TransferSyntaxUID" not in dataset.file_meta:
-            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian  # as `_header` saw
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian  # as `_header` found
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_compressed or get_decoder(syntax).is_available:
             array = pixel_array(dataset, raw=True)

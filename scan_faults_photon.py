@@ -1,10 +1,10 @@
 """What can be wrong with a scan, by code.
 
 One enum for errors, warnings and notes. Where dicom2nifti has a name for a fault, this is its name, so that a log can
-be searched for either. `POLICY` says for each code what is done and why; the README's table is made from it.
+be searched for either. `POLICY` gives for each code what is done and why; the README's table is made from it.
 
 Nothing that could identify a patient enters a message: no file or folder name (at most the suffix), no UID, no name,
-no date, no value of a DICOM tag other than geometry.
+no date, no value of a DICOM tag except geometry.
 """
 
 import warnings
@@ -60,8 +60,7 @@ class VolumeFault(str, Enum):
 
 
 class VolumeError(ValueError):
-    """A scan that is refused. `fault` is its code; the message says what was seen, what was expected and what to
-    do."""
+    """A scan that is refused. `fault` is its code; the message gives what was found, what was expected, what to do."""
 
     def __init__(self, fault: VolumeFault, message: str):
         super().__init__(f"[{fault.value}] {message}")
@@ -72,7 +71,7 @@ class VolumeError(ValueError):
 
 
 class VolumeWarning(UserWarning):
-    """A scan that is read, but not without a word. `fault` is its code."""
+    """A scan that is read, with a fault that the user should know. `fault` is its code."""
 
     def __init__(self, fault: VolumeFault, message: str):
         super().__init__(f"[{fault.value}] {message}")
@@ -88,7 +87,7 @@ def _rebuild(kind, fault, text):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing seen while a scan was read: `level` is "note" (right, worth knowing) or "warning"."""
+    """One finding of a reading: `level` is "note" (right, worth knowing) or "warning"."""
 
     fault: VolumeFault
     level: str
@@ -115,14 +114,17 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     VolumeFault.NO_SUCH_FILE: ("refuse", "There is nothing to read."),
     VolumeFault.NOT_A_SCAN: (
         "refuse",
-        "The content, not the suffix, decides the format, and it is none that is known.",
+        "The content decides the format, not the suffix, and this content is of no known format.",
     ),
-    VolumeFault.MISLABELLED_FILE: ("warn", "The suffix is wrong and the content is clear: it is read as what it is."),
+    VolumeFault.MISLABELLED_FILE: ("warn", "The suffix is wrong and the content is clear: the content decides."),
     VolumeFault.DAMAGED_FILE: (
         "refuse",
-        "Part of the scan is missing or fails its checksum; half a scan is another scan.",
+        "Part of the scan is missing or fails its checksum; half a scan would give another answer.",
     ),
-    VolumeFault.HEADER_LIES: ("refuse", "The header's size does not fit the file; found before memory is allocated."),
+    VolumeFault.HEADER_LIES: (
+        "refuse",
+        "The header's size does not fit the file; checked before memory is allocated.",
+    ),
     VolumeFault.TOO_LARGE: ("refuse", "More voxels than `max_voxels`, known from the header alone."),
     VolumeFault.PICKLED_ARRAY: ("refuse", "A pickle can run any code, and an array alone has no geometry."),
     VolumeFault.EXTERNAL_DATA_FILE: (
@@ -130,32 +132,35 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
         "A header may name any file of the machine as its voxels; only the file of "
         "the same stem in the same folder is accepted.",
     ),
-    VolumeFault.LINK_LEAVES_FOLDER: ("refuse", "A link out of the folder can smuggle in another patient's slice."),
+    VolumeFault.LINK_LEAVES_FOLDER: ("refuse", "A link out of the folder may point to another patient's slice."),
     VolumeFault.NON_IMAGING_DICOM_FILES: (
         "warn",
-        "Reports, masks' references and other files beside the slices are left "
-        "out, and counted. Refused where nothing else is there.",
+        "Reports, references of masks and other files beside the slices are left out and counted. Refused where "
+        "there are no slices.",
     ),
-    VolumeFault.MISSING_DECODER: ("refuse", "The transfer syntax needs a library; its install line is named."),
+    VolumeFault.MISSING_DECODER: (
+        "refuse",
+        "The transfer syntax needs a library; the message gives its install line.",
+    ),
     VolumeFault.NOT_THREE_DIMENSIONAL: ("refuse", "A plane or a five-dimensional array is not a scan."),
     VolumeFault.SEVERAL_FRAMES: ("refuse", "Times, phases or echoes: choose one with `frame=`."),
-    VolumeFault.SEVERAL_SERIES: ("refuse", "Choose one with `series=`; they are listed without patient data."),
+    VolumeFault.SEVERAL_SERIES: ("refuse", "Choose one with `series=`; the message lists them without patient data."),
     VolumeFault.TOO_FEW_SLICES: (
         "refuse",
         "A localiser or a single slice is no volume. Beside a proper series localisers are left out with a warning.",
     ),
     VolumeFault.NOT_SCALAR: ("refuse", "Colour, vectors and complex numbers have no HU and no single intensity."),
-    VolumeFault.NO_GEOMETRY: ("refuse", "Without spacing and orientation left and right would be guessed."),
+    VolumeFault.NO_GEOMETRY: ("refuse", "Without spacing and orientation, left and right would be a guess."),
     VolumeFault.DEGENERATE_AFFINE: (
         "refuse",
-        "A flat or non-finite affine, or axes that are no axes, place no voxel.",
+        "A flat or non-finite affine, or an orientation without perpendicular unit vectors, places no voxel.",
     ),
     VolumeFault.SHEARED_AFFINE: ("warn", 'Resampled through the full affine; refused with `tilt="refuse"`.'),
     VolumeFault.GANTRY_TILT: (
         "warn",
         'Found in the positions, not in the tag; resampled through the full affine, or refused with `tilt="refuse"`.',
     ),
-    VolumeFault.OBLIQUE: ("read", "The grid follows the scan's own axes; the angle is in the report."),
+    VolumeFault.OBLIQUE: ("read", "The grid follows the scan's axes; the angle is in the report."),
     VolumeFault.ANISOTROPIC_IN_PLANE: ("read", "Row and column spacing are kept apart."),
     VolumeFault.QFORM_SFORM_DISAGREE: ("warn", "The sform is used, as nibabel does; the other may be the right one."),
     VolumeFault.UNIT_NOT_MILLIMETRE: ("warn", "Metres and micrometres are turned into millimetres."),
@@ -166,7 +171,7 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     ),
     VolumeFault.MISSING_SLICES: (
         "refuse",
-        'The place of the gap is told; `gaps="interpolate"` fills it, with a warning.',
+        'The message gives the place of the gap; `gaps="interpolate"` fills it, with a warning.',
     ),
     VolumeFault.DUPLICATE_SLICES: (
         "refuse",
@@ -178,7 +183,7 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     VolumeFault.MONOCHROME1: (
         "refuse",
         "By the standard it changes the display alone, but some writers invert the stored "
-        'values: say which with `monochrome1="as_stored"` or `"invert"`.',
+        'values: choose with `monochrome1="as_stored"` or `"invert"`.',
     ),
     VolumeFault.LOSSY_COMPRESSION: ("warn", "HU after lossy compression are not the scanner's."),
     VolumeFault.NON_FINITE: (
@@ -194,7 +199,7 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     VolumeFault.MODALITY_UNKNOWN: (
         "refuse",
         '`modality="auto"` takes the DICOM tag, or CT where values reach below -500 '
-        'and above 0; it guesses nothing else: say "ct" or "mr".',
+        'and above 0. Nothing else is guessed: set "ct" or "mr".',
     ),
     VolumeFault.MODALITY_UNSUPPORTED: (
         "refuse",

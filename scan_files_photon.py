@@ -1,24 +1,27 @@
-"""One file -> one image: what all formats share, and NRRD and MetaImage by SimpleITK, always header first.
+"""What the readers of all formats share: reading options, a scan's header, checks of shapes, files and numbers.
 
-Every reader of a file returns a scalar 3D SimpleITK image in its LPS world, mm, without metadata. Sizes are checked
-against the file before memory is taken, so that a header which lies costs nothing.
+Each format opens a source as a `ScanHeader`. Sizes are checked against the file before memory is taken, so that a
+wrong header costs nothing. NRRD and MetaImage are read here too, by SimpleITK.
 """
 
 import gzip
 import math
 import re
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
+from .scan_grid_photon import Geometry
 
 try:
     import SimpleITK as sitk
 except ImportError:
     sitk = None
-try:  # two to three times faster than zlib at inflating, same interface; pip install isal
+try:  # inflates two to three times as fast as zlib, same interface
     from isal import igzip as fast_gzip
     from isal.isal_zlib import error as fast_error
 except ImportError:
@@ -26,10 +29,60 @@ except ImportError:
 
 INFLATE_ERRORS = (EOFError, OSError, zlib.error, fast_error)
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MAX_INFLATION = 1040  # deflate cannot do better than 1032 : 1
-MORE_THAN_SAID = "The file holds more slices than its header says: part of the scan would be lost. Repair the header."
+MAX_INFLATION = 1040  # deflate packs at most 1032 : 1
+UNDECLARED_SLICES = (
+    "The file holds more slices than its header says, so that part of the scan would be lost. Repair the header."
+)
 NRRD_SPACES = {"left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las"}
 SUFFIXES = {"nifti": (".nii", ".nii.gz"), "nrrd": (".nrrd", ".nhdr"), "meta": (".mha", ".mhd")}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Choices of the reader, with their defaults.
+
+    series: which DICOM series of a folder: its number in the list that the error gives, or its SeriesInstanceUID.
+    frame: which frame (time, phase, echo) of a 4D scan, from 0.
+    max_voxels: larger scans are refused from the header alone.
+    tilt: "resample" (with a warning) or "refuse" a sheared scan.
+    gaps: "refuse" or "interpolate" (with a warning) missing or unevenly spaced slices.
+    monochrome1: "refuse", or what the stored values of a MONOCHROME1 series mean: "as_stored" or "invert".
+    fill_nonfinite: value for NaN and inf, which are refused without it.
+    """
+
+    series: int | str | None = None
+    frame: int | None = None
+    max_voxels: int = 2**31
+    tilt: str = "resample"
+    gaps: str = "refuse"
+    monochrome1: str = "refuse"
+    fill_nonfinite: float | None = None
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
+
+
+CHOICES = {
+    "tilt": ("resample", "refuse"),
+    "gaps": ("refuse", "interpolate"),
+    "monochrome1": ("refuse", "as_stored", "invert"),
+}
+
+
+@dataclass(frozen=True)
+class ScanHeader:
+    """A scan before its voxels are read: where they lie, DICOM's modality ("" where unknown), and how to read them.
+
+    `read(progress)` gives the scalar 3D image on the geometry, with rescaled values and without metadata. `progress`
+    is `None`, or a function that a format may call with the image and the number of its slices that are in place,
+    again and again while the others are being read.
+    """
+
+    geometry: Geometry
+    read: Callable
+    modality: str = ""
 
 
 def sniff(path: Path) -> str:
@@ -69,21 +122,20 @@ def count(shape) -> int:
     return math.prod(int(n) for n in shape)
 
 
-def to_image(array, affine: np.ndarray) -> "sitk.Image":
-    """Image of an array in (z, y, x), or the image given, with a 4 x 4 affine from voxel (x, y, z) to LPS mm."""
-    axes = np.asarray(affine, dtype=np.float64)[:3, :3]
-    spacing = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(affine).all() or spacing.min() < 1e-6 or abs(np.linalg.det(axes / spacing)) < 1e-3:
+def check_file_size(shape, itemsize: int, file_size: int, begin: int, packed: bool) -> None:
+    """Refuses a header with more voxels than the file can hold after byte `begin`, or than deflate can pack."""
+    if (file_size * MAX_INFLATION if packed else file_size - begin) < count(shape) * itemsize:
         raise VolumeError(
-            VolumeFault.DEGENERATE_AFFINE,
-            "The affine is not finite, or its axes lie in a plane: it places no voxel. Repair the header.",
+            VolumeFault.HEADER_LIES,
+            f"The header says {tuple(shape)} voxels of {itemsize} bytes, which cannot be in a file of {file_size} "
+            "bytes.",
         )
-    axes = np.where(np.abs(axes) < 1e-12 * spacing, 0.0, axes)  # ITK's SVD does not converge on denormal numbers
-    image = array if isinstance(array, sitk.Image) else sitk.GetImageFromArray(as_scalar(array))
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection((axes / spacing).ravel().tolist())
-    image.SetOrigin(np.asarray(affine, dtype=np.float64)[:3, 3].tolist())
-    return image
+
+
+def select_frame(shape, options: ReadOptions) -> tuple[tuple, int]:
+    """((x, y, z), index of the frame to read) of an image of shape (x, y, z) or (x, y, z, frames), after checks."""
+    check_shape(shape, options.max_voxels)
+    return tuple(shape[:3]), choose_frame(shape[3] if len(shape) == 4 else 1, options.frame)
 
 
 def check_shape(shape, max_voxels: int) -> None:
@@ -109,7 +161,7 @@ def check_shape(shape, max_voxels: int) -> None:
 
 
 def choose_frame(frames: int, frame: int | None, how: str = "the fourth axis") -> int:
-    """Index of the one frame to read, from 0; never guessed where there are several."""
+    """Index of the one frame to read, from 0; never guessed where a scan has several."""
     if frame is None:
         if frames > 1:
             raise VolumeError(
@@ -119,7 +171,9 @@ def choose_frame(frames: int, frame: int | None, how: str = "the fourth axis") -
             )
         return 0
     if not 0 <= frame < frames:
-        raise VolumeError(VolumeFault.SEVERAL_FRAMES, f"frame={frame} was asked for, but there are {frames} (from 0).")
+        raise VolumeError(
+            VolumeFault.SEVERAL_FRAMES, f"frame={frame} was asked for, but the scan has {frames} (counted from 0)."
+        )
     return frame
 
 
@@ -165,8 +219,8 @@ def as_scalar(array: np.ndarray) -> np.ndarray:
 # === NRRD and MetaImage ==============================================================================================
 
 
-def read_itk(path: Path, kind: str, findings: Findings, *, frame: int | None, max_voxels: int) -> "sitk.Image":
-    """NRRD (.nrrd, .nhdr) or MetaImage (.mha, .mhd) by SimpleITK, after a look at what the header points to."""
+def open_itk(path: Path, kind: str, options: ReadOptions, findings: Findings) -> ScanHeader:
+    """NRRD (.nrrd, .nhdr) or MetaImage (.mha, .mhd) by SimpleITK, after a check of what the header points to."""
     data_file, packed, begin = _check_text_header(path, kind)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if kind == "nrrd" else "MetaImageIO")
@@ -180,34 +234,42 @@ def read_itk(path: Path, kind: str, findings: Findings, *, frame: int | None, ma
             VolumeFault.NOT_SCALAR, f"There are {reader.GetNumberOfComponents()} numbers a voxel; a scan has one."
         )
     shape = tuple(int(n) for n in reader.GetSize())
-    check_shape(shape, max_voxels)
-    item = sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], reader.GetPixelID())).itemsize
-    wanted, size = count(shape) * item, data_file.stat().st_size
-    if (size * MAX_INFLATION if packed else size - begin) < wanted:
-        raise VolumeError(
-            VolumeFault.HEADER_LIES,
-            f"The header says {shape} voxels of {item} bytes, which cannot be in a file of {size} bytes.",
-        )
+    check_shape(shape, options.max_voxels)
+    itemsize = sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], reader.GetPixelID())).itemsize
+    size, wanted = data_file.stat().st_size, count(shape) * itemsize
+    check_file_size(shape, itemsize, size, begin, packed)
     if not packed and size - begin >= wanted + wanted // shape[-1]:
-        raise VolumeError(VolumeFault.HEADER_LIES, MORE_THAN_SAID)
-    index = choose_frame(shape[3] if len(shape) == 4 else 1, frame)
-    try:
-        image = reader.Execute()
-    except RuntimeError:
-        raise damaged("its voxels cannot be read") from None
-    if image.GetDimension() == 4:
-        image = image[:, :, :, index]
-    try:
-        for key in image.GetMetaDataKeys():  # comments and names of the writer: nothing that the model needs
-            image.EraseMetaData(key)
-    except (TypeError, UnicodeError):
-        raise damaged(f"its {kind} header holds bytes that are no text") from None
-    return image
+        raise VolumeError(VolumeFault.HEADER_LIES, UNDECLARED_SLICES)
+    _, index = select_frame(shape, options)
+
+    def read(progress=None) -> "sitk.Image":
+        try:
+            image = reader.Execute()
+        except RuntimeError:
+            raise damaged("its voxels cannot be read") from None
+        if image.GetDimension() == 4:
+            image = image[:, :, :, index]
+        try:
+            for key in image.GetMetaDataKeys():  # comments and names of the writer: nothing that the model needs
+                image.EraseMetaData(key)
+        except (TypeError, UnicodeError):
+            raise damaged(f"its {kind} header holds bytes that are no text") from None
+        return image
+
+    return ScanHeader(_itk_geometry(reader), read)
+
+
+def _itk_geometry(reader) -> Geometry:
+    """The first three axes of an ITK header, as `image[:, :, :, index]` gives them."""
+    dimension, axes = reader.GetDimension(), np.array(reader.GetDirection())
+    direction = axes.reshape(dimension, dimension)[:3, :3]
+    if dimension == 4 and np.linalg.det(direction) == 0:
+        direction = np.eye(3)
+    return Geometry(reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], direction.ravel())
 
 
 def _check_text_header(path: Path, kind: str) -> tuple[Path, bool, int]:
-    """(file with the voxels, whether they are compressed, bytes of header before them); refuses what ITK would
-    guess."""
+    """(file of the voxels, whether they are compressed, bytes of header before them); refuses what ITK would guess."""
     with open(path, "rb") as stream:
         head = stream.read(1 << 16)
     text = head.decode("latin-1")
@@ -235,11 +297,11 @@ def _check_text_header(path: Path, kind: str) -> tuple[Path, bool, int]:
             f"The {kind} header has no orientation or no spacing, so left and right are unknown. "
             "Write it again with both, or pass (array, affine).",
         )
-    return (_own_data_file(path, target), packed, 0) if target else (path, packed, begin)
+    return (_data_file(path, target), packed, 0) if target else (path, packed, begin)
 
 
 def _check_meta_scale(fields: dict) -> None:
-    # ITK passes over these two fields without a word
+    # ITK ignores these two fields
     scale = (fields.get("ElementToIntensityFunctionSlope", "1"), fields.get("ElementToIntensityFunctionOffset", "0"))
     if [s.strip("0").rstrip(".") for s in scale] != ["1", ""]:
         raise VolumeError(
@@ -248,9 +310,9 @@ def _check_meta_scale(fields: dict) -> None:
         )
 
 
-def _own_data_file(path: Path, target: str) -> Path:
-    """The file of voxels beside a detached header: same folder, same stem, no link. Else a header could name any
-    file."""
+def _data_file(path: Path, target: str) -> Path:
+    """The file of voxels beside a detached header: same folder, same stem, no link. Otherwise a header could name any
+    file of the machine."""
     data = path.parent / target
     plain = target == Path(target).name and Path(target).stem == path.stem
     if not plain or data.is_symlink():
@@ -260,5 +322,5 @@ def _own_data_file(path: Path, target: str) -> Path:
             "followed: put both in one folder under one stem, or write the scan into a single file.",
         )
     if not data.is_file():
-        raise VolumeError(VolumeFault.NO_SUCH_FILE, "The file of voxels which the header names is not beside it.")
+        raise VolumeError(VolumeFault.NO_SUCH_FILE, "The file of voxels that the header names is not beside it.")
     return data

@@ -1,9 +1,12 @@
-"""Voxel grids in the patient: a scan's, the model's, and one interpolation from the one to the other."""
+"""Voxel grids in the patient: a scan's, the model's, and one interpolation from a scan to the model's grid."""
 
 import ctypes
+from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from .scan_faults_photon import VolumeError, VolumeFault
 
 try:
     import SimpleITK as sitk
@@ -17,7 +20,7 @@ RIM = 1e-4  # voxels: a grid point this close to the scan's outer face counts as
 
 @dataclass(frozen=True)
 class Geometry:
-    """A voxel grid in SimpleITK's LPS world: everything of a scan but its values. `dataclasses.asdict` is JSON.
+    """A voxel grid in SimpleITK's LPS world: everything of a scan except its values. `dataclasses.asdict` is JSON.
 
     size, spacing (mm) and origin (mm) are in (x, y, z); direction holds the nine cosines by rows, as SimpleITK does.
     """
@@ -34,6 +37,23 @@ class Geometry:
     @classmethod
     def of(cls, image: "sitk.Image") -> "Geometry":
         return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+    @classmethod
+    def from_affine(cls, size, affine: np.ndarray) -> "Geometry":
+        """The grid of `size` (x, y, z) voxels with a 4 x 4 affine from voxel (x, y, z) to LPS mm.
+
+        Raises: VolumeError (DEGENERATE_AFFINE) where the affine is not finite or its axes lie in a plane.
+        """
+        affine = np.asarray(affine, dtype=np.float64)
+        axes = affine[:3, :3]
+        spacing = np.linalg.norm(axes, axis=0)
+        if not np.isfinite(affine).all() or spacing.min() < 1e-6 or abs(np.linalg.det(axes / spacing)) < 1e-3:
+            raise VolumeError(
+                VolumeFault.DEGENERATE_AFFINE,
+                "The affine is not finite, or its axes lie in a plane: it places no voxel. Repair the header.",
+            )
+        axes = np.where(np.abs(axes) < 1e-12 * spacing, 0.0, axes)  # ITK's SVD does not converge on denormal numbers
+        return cls(size, spacing, affine[:3, 3], (axes / spacing).ravel())
 
     @property
     def axes(self) -> np.ndarray:
@@ -58,16 +78,16 @@ class Geometry:
         return float(np.degrees(np.arccos(np.clip(np.abs(self.axes).max(axis=0), 0, 1))).max())
 
     def part(self, axis: int, start: int, stop: int) -> "Geometry":
-        """The planes start ... stop - 1 along one index axis (0 x, 1 y, 2 z) as a grid of their own."""
+        """The grid of planes start ... stop - 1 along one index axis (0 x, 1 y, 2 z)."""
         size = [stop - start if a == axis else n for a, n in enumerate(self.size)]
         origin = np.array(self.origin) + self.axes[:, axis] * (self.spacing[axis] * start)
         return replace(self, size=size, origin=origin)
 
-    def image(self, array: np.ndarray) -> "sitk.Image":
-        """SimpleITK image of an array in (z, y, x) on this grid."""
-        if array.shape != self.size[::-1]:
-            raise ValueError(f"an array in (z, y, x) of shape {self.size[::-1]} was expected, got {array.shape}")
-        image = sitk.GetImageFromArray(array)
+    def image(self, voxels) -> "sitk.Image":
+        """SimpleITK image on this grid: of an array in (z, y, x), or an image that is moved here."""
+        image = voxels if isinstance(voxels, sitk.Image) else sitk.GetImageFromArray(voxels)
+        if image.GetSize() != self.size:
+            raise ValueError(f"voxels in (z, y, x) of {self.size[::-1]} were expected, got {image.GetSize()[::-1]}")
         image.SetSpacing(self.spacing)
         image.SetOrigin(self.origin)
         image.SetDirection(self.direction)
@@ -75,8 +95,8 @@ class Geometry:
 
 
 def nearest_rotation(axes: np.ndarray) -> np.ndarray:
-    """The orthonormal axes closest to `axes` (3, 3), of the same handedness; a proper rotation is returned as it
-    is."""
+    """The orthonormal axes closest to `axes` (3, 3), of the same handedness; a proper rotation is returned
+    unchanged."""
     if np.allclose(axes.T @ axes, np.eye(3), atol=1e-6):
         return axes
     u, _, vt = np.linalg.svd(axes)
@@ -84,7 +104,7 @@ def nearest_rotation(axes: np.ndarray) -> np.ndarray:
 
 
 def model_grid(geometry: Geometry, size=(140, 280, 280), spacing=(2.6, 1.3, 1.3), orientation="LAI") -> Geometry:
-    """The model's grid over a scan: the centre of the scan's field of view, along the scan's own axes.
+    """The model's grid over a scan: around the centre of the scan's field of view, along the scan's axes.
 
     Args:
         geometry: the scan's voxel grid.
@@ -93,8 +113,8 @@ def model_grid(geometry: Geometry, size=(140, 280, 280), spacing=(2.6, 1.3, 1.3)
         orientation: where the grid's x (W), y (H) and z (D) indices grow to, as DICOMOrient names it. "LAI" is what
             the release's preprocessing comes to (RAI, then its last axis flipped).
 
-    An oblique scan keeps its own axes, permuted and flipped to the closest match; a sheared one gets the nearest
-    orthonormal axes.
+    The grid of an oblique scan follows the scan's axes, permuted and flipped to the closest match; that of a sheared
+    scan follows the nearest orthonormal axes.
     """
     letters = sorted("".join(min(c, OPPOSITE.get(c, "?")) for c in orientation))
     if letters != ["A", "I", "L"]:
@@ -118,12 +138,12 @@ def resample(image, grid: Geometry, *, window=None, outside: float = -1000.0, ne
 
     Args:
         image: 3D SimpleITK image, sheared or not.
-        grid: where to; `sitk.GetArrayFromImage` of the result is (D, H, W). (A view of an image that nobody holds any
-            more reads freed memory.)
-        window: (lo, hi) the voxels are clipped to BEFORE they are interpolated, so that padding such as -3024 does not
-            bleed into its neighbours; for integers a fraction is rounded outwards.
+        grid: where to; `sitk.GetArrayFromImage` of the result is (D, H, W). (Keep the image while you use a view of
+            it: a view of a deleted image reads freed memory.)
+        window: (lo, hi) that voxels are clipped to BEFORE they are interpolated, so that padding such as -3024 does
+            not bleed into its neighbours; for integers a fraction is rounded outwards.
         outside: value beyond the scan's outermost voxel faces.
-        nearest: nearest voxel and the image's own type (labels) in place of linear and float32.
+        nearest: nearest voxel and the image's pixel type (labels) instead of linear and float32.
     """
     if not nearest:
         return grid.image(interpolate_linear(image, grid, window=window, outside=outside))
@@ -138,11 +158,70 @@ def resample(image, grid: Geometry, *, window=None, outside: float = -1000.0, ne
 
 
 def interpolate_linear(image, grid: Geometry, *, window=None, outside: float = -1000.0) -> np.ndarray:
-    """`resample` to a new float32 array (D, H, W)."""
-    job = LinearInterpolation(image, grid, window=window, outside=outside)
-    for slab in job.slabs:
-        job.do(slab)
+    """float32 array (D, H, W): `resample` without the image around it."""
+    job = SlabInterpolation(grid, window=window, outside=outside)
+    job.advance(image, image.GetSize()[2])
     return job.out
+
+
+class SlabInterpolation:
+    """Interpolates a scan linearly onto a grid, slab by slab, each slab from the few slices of the scan that it needs.
+
+    So the scan is never copied as a whole to be clipped, and a slab can be interpolated while later slices are still
+    being inflated. The slabs depend on the two geometries alone: the result is the same to the bit, whenever the
+    slices come.
+
+    Args: window, outside: see `resample`. Result: `out`, float32 (D, H, W), once `complete`.
+    """
+
+    def __init__(self, grid: Geometry, *, window=None, outside: float = -1000.0):
+        self.grid, self.window, self.outside = grid, window, float(outside)
+        self.image, self.slabs, self.out = None, deque(), np.empty(grid.size[::-1], np.float32)
+
+    @property
+    def complete(self) -> bool:
+        return self.image is not None and not self.slabs
+
+    def advance(self, image, slices: int, threads: int | None = None) -> None:
+        """Interpolates every slab that the first `slices` slices of the image suffice for.
+
+        `image` is the same in every call; its later slices may still be written. threads: default all cores.
+        """
+        if self.image is None:
+            self.image, self.scan = image, Geometry.of(image)
+            self.transform = _rim_transform(self.scan)
+            self.axis, slabs = _slabs(self.scan, self.grid)
+            self.slabs.extend(slabs)
+        while self.slabs and self.slabs[0].last <= slices:
+            self._interpolate(self.slabs.popleft(), threads)
+
+    def _interpolate(self, slab: "Slab", threads: int | None) -> None:
+        filter = sitk.ResampleImageFilter()
+        filter.SetInterpolator(sitk.sitkLinear)
+        filter.SetTransform(self.transform)
+        filter.SetDefaultPixelValue(self.outside)
+        filter.SetOutputPixelType(sitk.sitkFloat32)
+        if threads is not None:
+            filter.SetNumberOfThreads(threads)
+        part = self.grid.part(self.axis, slab.start, slab.stop)
+        filter.SetSize(part.size)
+        filter.SetOutputOrigin(part.origin)
+        filter.SetOutputSpacing(part.spacing)
+        filter.SetOutputDirection(part.direction)
+        done = filter.Execute(self._clipped(slab))
+        index = [slice(None)] * 3
+        index[2 - self.axis] = slice(slab.start, slab.stop)
+        self.out[tuple(index)] = sitk.GetArrayViewFromImage(done)
+
+    def _clipped(self, slab: "Slab") -> "sitk.Image":
+        """The slab's slices of the scan as a separate image, clipped to the window."""
+        voxels = sitk.GetArrayViewFromImage(self.image)[slab.first : slab.last]
+        image, memory = blank_image(voxels.shape[::-1], self.image.GetPixelID())
+        if self.window is None:
+            memory[...] = voxels
+        else:
+            np.clip(voxels, *_bounds(voxels.dtype, self.window), out=memory)
+        return self.scan.part(2, slab.first, slab.last).image(image)
 
 
 @dataclass(frozen=True)
@@ -153,57 +232,6 @@ class Slab:
     stop: int
     first: int
     last: int
-
-
-class LinearInterpolation:
-    """One linear interpolation of a scan onto a grid in slabs, each from the few slices of the scan that it needs.
-
-    So the scan is never copied as a whole to be clipped, and a slab can be done while later slices are still being
-    inflated. `slabs` are in the order in which the scan's slices come; `out` is the float32 array (D, H, W). The cuts
-    depend on the two geometries alone: whoever calls `do`, and when, the result is the same to the bit.
-
-    Args: image: 3D SimpleITK image whose slices may still be written until `do` asks for them. window, outside: see
-        `resample`. threads: for each slab; default all cores.
-    """
-
-    def __init__(self, image, grid: Geometry, *, window=None, outside: float = -1000.0, threads: int | None = None):
-        self.image, self.grid, self.window, self.threads = image, grid, window, threads
-        self.scan, self.outside = Geometry.of(image), float(outside)
-        self.transform = _rim_transform(self.scan)
-        self.axis, self.slabs = _slabs(self.scan, grid)
-        self.out = np.empty(grid.size[::-1], np.float32)
-
-    def do(self, slab: Slab) -> None:
-        filter = sitk.ResampleImageFilter()
-        filter.SetInterpolator(sitk.sitkLinear)
-        filter.SetTransform(self.transform)
-        filter.SetDefaultPixelValue(self.outside)
-        filter.SetOutputPixelType(sitk.sitkFloat32)
-        if self.threads is not None:
-            filter.SetNumberOfThreads(self.threads)
-        part = self.grid.part(self.axis, slab.start, slab.stop)
-        filter.SetSize(part.size)
-        filter.SetOutputOrigin(part.origin)
-        filter.SetOutputSpacing(part.spacing)
-        filter.SetOutputDirection(part.direction)
-        done = filter.Execute(self._slices(slab))
-        at = [slice(None)] * 3
-        at[2 - self.axis] = slice(slab.start, slab.stop)
-        self.out[tuple(at)] = sitk.GetArrayViewFromImage(done)
-
-    def _slices(self, slab: Slab) -> "sitk.Image":
-        """The slab's slices of the scan as an image of their own, clipped."""
-        voxels = sitk.GetArrayViewFromImage(self.image)[slab.first : slab.last]
-        image, memory = blank_image(voxels.shape[::-1], self.image.GetPixelID())
-        if self.window is None:
-            memory[...] = voxels
-        else:
-            np.clip(voxels, *_bounds(voxels.dtype, self.window), out=memory)
-        part = self.scan.part(2, slab.first, slab.last)
-        image.SetSpacing(part.spacing)
-        image.SetOrigin(part.origin)
-        image.SetDirection(part.direction)
-        return image
 
 
 def _bounds(dtype: np.dtype, window) -> tuple:
@@ -231,7 +259,7 @@ def _slabs(scan: Geometry, grid: Geometry) -> tuple[int, list[Slab]]:
     for start in range(0, grid.size[axis], SLAB):
         stop = min(start + SLAB, grid.size[axis])
         ends = sorted((matrix[2, axis] * start, matrix[2, axis] * (stop - 1)))
-        # a slice more on either side than the two that a point lies between: only the scan's own faces are faces
+        # one slice more on either side than the two around a point, so that a slab has no faces within the scan
         first = max(min(int(np.floor(low + ends[0])) - 1, depth - 2), 0)
         last = min(max(int(np.ceil(high + ends[1])) + 2, 2), depth)
         slabs.append(Slab(start, stop, first, last))
@@ -239,10 +267,10 @@ def _slabs(scan: Geometry, grid: Geometry) -> tuple[int, list[Slab]]:
 
 
 def blank_image(shape, pixel_id: int):
-    """(new image of (x, y, z) voxels, its memory as a writable array in (z, y, x)); hold the one as long as the other.
+    """(new image of (x, y, z) voxels, its memory as a writable array in (z, y, x)); keep the image while you write.
 
-    SimpleITK gives out its voxels for reading only, and copying a large scan into it costs as much as a third of
-    inflating it. Nobody else holds this image yet, so it may be written where it lies.
+    SimpleITK gives its voxels for reading only, and copying a large scan into it costs a third of the time of
+    inflating it. Nobody else holds this image yet, so its memory may be written.
     """
     image = sitk.Image([int(n) for n in shape], pixel_id)
     view = sitk.GetArrayViewFromImage(image)
@@ -251,11 +279,11 @@ def blank_image(shape, pixel_id: int):
 
 
 def _rim_transform(scan: Geometry) -> "sitk.AffineTransform":
-    """Draws the grid's points towards the scan's centre by RIM voxels at its faces.
+    """Moves the grid's points towards the scan's centre, by RIM voxels at its faces.
 
-    Grids and scans are centred on each other, so a grid point may lie exactly on the scan's outer face; whether it is
-    inside would then hang on the last bit of the header, and the same scan as DICOM and as NIfTI would differ by
-    a face of air.
+    Grids and scans share their centre, so a grid point may lie exactly on the scan's outer face. Whether it is inside
+    would then depend on the last bit of the header, and the same scan as DICOM and as NIfTI would differ by a face
+    of air.
     """
     shrink = np.diag(1 - 2 * RIM / np.array(scan.size))
     transform = sitk.AffineTransform(3)

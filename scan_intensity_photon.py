@@ -12,12 +12,12 @@ except ImportError:
 
 
 def find_modality(image, modality: str = "auto", *, assume_hu: bool = False, values=None) -> str:
-    """What a scan is, "ct" or "mr", never guessed.
+    """A scan's modality, "ct" or "mr", never guessed.
 
     "auto": the DICOM modality where the scan has one; else "ct" where values reach below -500 and above 0, which only
-    HU do; else MODALITY_UNKNOWN. With "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits,
-    nothing below -500, nothing above 0) unless `assume_hu`, meant for crops that lie within the body. `values`: the
-    image's smallest and largest, where known already.
+    HU do; else MODALITY_UNKNOWN. For "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits,
+    nothing below -500, nothing above 0) unless `assume_hu`, which is for crops within the body. `values`: the image's
+    smallest and largest value, where they are known already.
     """
     if modality not in ("auto", "ct", "mr"):
         raise ValueError(f"modality is 'auto', 'ct' or 'mr', got {modality!r}")
@@ -28,27 +28,27 @@ def find_modality(image, modality: str = "auto", *, assume_hu: bool = False, val
         kind = tag if tag in MODALITIES else "another kind"
         raise VolumeError(
             VolumeFault.MODALITY_UNSUPPORTED,
-            f"The scan says that it is {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
+            f"The scan's header says {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
             "expected. Give such a scan, or set modality to what it is.",
         )
     lo, hi = values or value_range(image)
-    looks_hu = lo < -500 and hi > 0 and image.GetPixelID() not in (sitk.sitkInt8, sitk.sitkUInt8)
-    found = declared or modality
-    if found == "auto" and looks_hu:
-        found = "ct"
-    if found == "auto":
+    in_hu = lo < -500 and hi > 0 and image.GetPixelID() not in (sitk.sitkInt8, sitk.sitkUInt8)
+    kind = declared or modality
+    if kind == "auto" and in_hu:
+        kind = "ct"
+    if kind == "auto":
         raise VolumeError(
             VolumeFault.MODALITY_UNKNOWN,
-            f"The scan does not say what it is, and its values ({lo:g} to {hi:g}) are not surely HU. "
+            f"The scan has no modality, and its values ({lo:g} to {hi:g}) are not surely HU. "
             "Set modality to 'ct' or 'mr'.",
         )
-    if found == "ct" and not looks_hu and not assume_hu:
+    if kind == "ct" and not in_hu and not assume_hu:
         raise VolumeError(
             VolumeFault.NOT_HU,
             f"A CT was expected, but the values ({lo:g} to {hi:g}) cannot be HU: air is at -1000 and water at 0. "
-            "Undo the scaling (often: add the intercept), or set assume_hu for a crop that lies within the body.",
+            "Undo the scaling (often: add the intercept), or set assume_hu for a crop within the body.",
         )
-    return found
+    return kind
 
 
 def value_range(image) -> tuple[float, float]:
@@ -66,10 +66,10 @@ def intensity_window(
     assume_hu: bool = False,
     values=None,
 ) -> tuple[float, float]:
-    """(lo, hi) in the scan's own units that become 0 and 1.
+    """(lo, hi) in the scan's units: the values that become 0 and 1.
 
-    CT: `window` in HU. MR: `percentiles` of the voxels that are not 0 (0 is what scanners and defacing fill with),
-    which a single bright vessel or spike cannot stretch. `values`: see `find_modality`.
+    CT: `window` in HU. MR: `percentiles` of the voxels that are not 0 (scanners and defacing fill with 0), which a
+    single bright vessel or spike cannot stretch. `values`: see `find_modality`.
     """
     if find_modality(image, modality, assume_hu=assume_hu, values=values) == "ct":
         return float(window[0]), float(window[1])
@@ -80,8 +80,7 @@ def intensity_window(
     if not hi > lo:
         raise VolumeError(
             VolumeFault.CONSTANT_IMAGE,
-            f"Nearly all voxels that are not 0 have one value ({lo:g}): there is no contrast to scale. Check the "
-            "scan.",
+            f"Nearly all voxels that are not 0 have the value {lo:g}, so that there is no contrast. Check the scan.",
         )
     return float(lo), float(hi)
 
@@ -89,15 +88,15 @@ def intensity_window(
 def scale_intensity(x, *, window: tuple[float, float], scaling: str = "window") -> np.ndarray:
     """float32 (D, H, W) in [0, 1] from a resampled image, or an array.
 
-    scaling: "window" maps lo to 0 and hi to 1, the same for every scan; "minmax" the smallest and largest value after
-    clipping to the window (the release's: the same tissue then depends on what else is in view).
+    scaling: "window" maps lo to 0 and hi to 1, the same for every scan; "minmax" maps the smallest and largest value
+    after clipping to the window, as the release does (one tissue's value then depends on the rest of the view).
     """
     x = sitk.GetArrayFromImage(x) if isinstance(x, sitk.Image) else np.array(x)
     return scale_in_place(x.astype(np.float32, copy=False), window, scaling)
 
 
 def scale_in_place(x: np.ndarray, window, scaling: str) -> np.ndarray:
-    """`scale_intensity` in the array's own memory."""
+    """`scale_intensity` without a copy: the array is overwritten."""
     if scaling not in ("window", "minmax"):
         raise ValueError(f"scaling is 'window' or 'minmax', got {scaling!r}")
     lowest, highest = float(x.min()), float(x.max())

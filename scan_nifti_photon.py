@@ -1,4 +1,4 @@
-"""NIfTI-1 and -2 by nibabel's header: no affine is guessed, voxels are inflated once and straight into the image."""
+"""NIfTI-1 and -2 by nibabel's header: no affine is guessed, and voxels are inflated once, into the image's memory."""
 
 import contextlib
 import logging
@@ -12,19 +12,19 @@ import numpy as np
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
 from .scan_files_photon import (
     INFLATE_ERRORS,
-    MAX_INFLATION,
-    MORE_THAN_SAID,
     RAS_TO_LPS,
+    UNDECLARED_SLICES,
+    ReadOptions,
+    ScanHeader,
     as_scalar,
-    check_shape,
-    choose_frame,
+    check_file_size,
     count,
     damaged,
     fast_gzip,
     rescale,
-    to_image,
+    select_frame,
 )
-from .scan_grid_photon import blank_image
+from .scan_grid_photon import Geometry, blank_image
 
 try:
     import nibabel as nib
@@ -43,40 +43,64 @@ SITK_TYPES = {
 }  # fmt: skip
 CHUNK = 1 << 20  # bytes
 AHEAD = 48  # chunks that may be inflated and not yet used
+BROKEN_OFF = "it ends too early, or its checksum fails"
 MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's xyzt_units & 7: metre, millimetre, micrometre
 
 
-def read_nifti(path: Path, findings: Findings, *, frame: int | None, max_voxels: int, early=None) -> "sitk.Image":
-    """NIfTI-1 or -2 in one file, gzipped or not, inflated once and straight into the image.
-
-    early: called with the image before its voxels are there, unless they have to be rescaled; what it returns is
-    called with the number of slices that are there, again and again while others come.
-    """
+def open_nifti(path: Path, options: ReadOptions, findings: Findings) -> ScanHeader:
+    """NIfTI-1 or -2 in one file, gzipped or not."""
     if nib is None:
         raise ImportError("reading NIfTI needs nibabel: pip install nibabel")
     with open(path, "rb") as stream:
         packed = stream.read(2) == b"\x1f\x8b"
+    opener = fast_gzip.open if packed else open
     try:
-        with (fast_gzip.open if packed else open)(path, "rb") as stream:
+        with opener(path, "rb") as stream:
             header = _nifti_header(stream)
-            return _nifti_voxels(stream, header, path.stat().st_size, packed, frame, max_voxels, findings, early)
     except INFLATE_ERRORS:
-        raise damaged("it ends too early, or its checksum fails") from None
+        raise damaged(BROKEN_OFF) from None
+    try:
+        shape, dtype = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
+        offset, (slope, intercept) = header.get_data_offset(), header.get_slope_inter()
+    except (HeaderDataError, ValueError, OverflowError):
+        raise damaged("its NIfTI header breaks the format's rules") from None
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    size, index = select_frame(shape, options)
+    if dtype.kind not in "iuf":
+        raise VolumeError(VolumeFault.NOT_SCALAR, "The voxels are colours or complex; a scan has one number a voxel.")
+    geometry = Geometry.from_affine(size, RAS_TO_LPS @ nifti_affine(header, findings))
+    check_file_size(shape, dtype.itemsize, path.stat().st_size, offset, packed)
+    scale = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+    frame_bytes = count(size) * dtype.itemsize
+    frames_after = (shape[3] if len(shape) == 4 else 1) - 1 - index
+
+    def read(progress=None) -> "sitk.Image":
+        try:
+            with opener(path, "rb") as stream:
+                _skip(stream, offset + index * frame_bytes)
+                image = _read_frame(stream, geometry, dtype, scale, progress)
+                _check_rest(stream, frames_after * frame_bytes, frame_bytes // size[2], findings)
+                return image
+        except INFLATE_ERRORS:
+            raise damaged(BROKEN_OFF) from None
+
+    return ScanHeader(geometry, read)
 
 
 class _Repairs(logging.Logger):
-    """What nibabel would repair in a header while only a log line tells of it."""
+    """Collects what nibabel repairs in a header, which it reports in its log alone."""
 
     def __init__(self):
         super().__init__("nifti")
-        self.told = []
+        self.messages = []
 
     def handle(self, record):
-        self.told.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 def _nifti_header(stream):
-    """The fixed part of the header; extensions, which may hold a whole DICOM header, are never looked at."""
+    """The fixed part of the header; extensions, which may hold a whole DICOM header, are never read."""
     repairs, head = _Repairs(), stream.read(540)
     kind = nib.Nifti2Header if head[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
     if len(head) < kind.template_dtype.itemsize:
@@ -86,7 +110,7 @@ def _nifti_header(stream):
         header.check_fix(logger=repairs, error_level=40)
     except (HeaderDataError, ValueError, OverflowError):
         raise damaged("its NIfTI header breaks the format's rules") from None
-    if any(told.startswith(FATAL_REPAIRS) for told in repairs.told) or float(header["vox_offset"]) % 1:
+    if any(message.startswith(FATAL_REPAIRS) for message in repairs.messages) or float(header["vox_offset"]) % 1:
         raise damaged("its NIfTI header contradicts itself")
     if bytes(header["magic"].tobytes()[:3]) in (b"ni1", b"ni2"):
         raise VolumeError(
@@ -125,7 +149,7 @@ def nifti_affine(header, findings: Findings) -> np.ndarray:
 
 
 def nifti_unit(header) -> float:
-    """Millimetres in the header's unit of length; an unknown unit is taken as mm, as everybody does."""
+    """Millimetres in the header's unit of length; an unknown unit is taken as mm, as all readers do."""
     return MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
 
 
@@ -145,47 +169,22 @@ def _compare_forms(sform, qform, shape, findings: Findings) -> None:
         )
 
 
-def _nifti_voxels(stream, header, file_size, packed, frame, max_voxels, findings, early):
-    try:
-        shape, dtype = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
-        offset, (slope, intercept) = header.get_data_offset(), header.get_slope_inter()
-    except (HeaderDataError, ValueError, OverflowError):
-        raise damaged("its NIfTI header breaks the format's rules") from None
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    check_shape(shape, max_voxels)
-    if dtype.kind not in "iuf":
-        raise VolumeError(VolumeFault.NOT_SCALAR, "The voxels are colours or complex; a scan has one number a voxel.")
-    affine = nifti_affine(header, findings)
-    wanted = count(shape) * dtype.itemsize  # bytes
-    if (file_size * MAX_INFLATION if packed else file_size - offset) < wanted:
-        raise VolumeError(
-            VolumeFault.HEADER_LIES,
-            f"The header says {shape} voxels of {dtype.itemsize} bytes, which cannot be in a file of {file_size} "
-            "bytes.",
-        )
-    frames = shape[3] if len(shape) == 4 else 1
-    index = choose_frame(frames, frame)
-    one = wanted // frames
-    _skip(stream, offset + index * one)
-    slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
-    place, slices = RAS_TO_LPS @ affine, None
-    in_place = dtype.isnative and dtype.str[1:] in SITK_TYPES and (slope, intercept) == (1.0, 0.0)
-    with _chunks_ahead(stream, one) as chunks:
-        if in_place:
-            image, array = blank_image(shape[:3], getattr(sitk, SITK_TYPES[dtype.str[1:]]))
-            to_image(image, place)
-            slices = early(image) if early is not None else None
-        else:
-            array = np.empty(shape[2::-1], dtype)
-        voxels, done = array.reshape(-1).view(np.uint8), 0
+def _read_frame(stream, geometry: Geometry, dtype, scale: tuple[float, float], progress) -> "sitk.Image":
+    """The frame that begins here, as an image; straight into the image's memory where the stored values are final."""
+    in_place = dtype.isnative and dtype.str[1:] in SITK_TYPES and scale == (1.0, 0.0)
+    if in_place:
+        image, array = blank_image(geometry.size, getattr(sitk, SITK_TYPES[dtype.str[1:]]))
+        geometry.image(image)
+    else:
+        image, array = None, np.empty(geometry.size[::-1], dtype)
+    memory, done = array.reshape(-1).view(np.uint8), 0
+    with _chunks_ahead(stream, len(memory)) as chunks:
         for chunk in chunks:
-            voxels[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            memory[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
             done += len(chunk)
-            if slices is not None:
-                slices(done * shape[2] // one)
-    _check_rest(stream, (frames - 1 - index) * one, one // shape[2], findings)
-    return image if in_place else to_image(rescale(as_scalar(array), slope, intercept), place)
+            if in_place and progress is not None:
+                progress(image, done * geometry.size[2] // len(memory))
+    return image if in_place else geometry.image(rescale(as_scalar(array), *scale))
 
 
 def _skip(stream, offset: int) -> None:
@@ -197,10 +196,10 @@ def _skip(stream, offset: int) -> None:
 
 @contextlib.contextmanager
 def _chunks_ahead(stream, total: int):
-    """Iterates over the next `total` bytes of a stream, inflated by another thread while this one does other things.
+    """Iterates over the next `total` bytes of a stream, inflated by another thread while this one interpolates.
 
-    Not in this thread also because ISA-L leaves the upper halves of the vector registers set in the thread where it
-    ran, and SSE code such as ITK's interpolation then takes twice as long there, and in threads started from there.
+    Another thread is needed also because ISA-L leaves the upper halves of the vector registers set in the thread where
+    it ran. SSE code such as ITK's interpolation then takes twice as long there, and in threads started from there.
     """
     chunks, stop = Queue(AHEAD), threading.Event()
 
@@ -228,14 +227,15 @@ def _chunks_ahead(stream, total: int):
                     chunks.get(timeout=0.01)
 
 
-def _check_rest(stream, others: int, slice_bytes: int, findings: Findings) -> None:
-    """Reads to the end, which checks the checksum of a gzip file, and refuses a file with more slices than it says."""
+def _check_rest(stream, frames_bytes: int, slice_bytes: int, findings: Findings) -> None:
+    """Reads to the end, which checks a gzip file's checksum; refuses a file with more slices than its header says."""
     rest = 0
     while chunk := stream.read(CHUNK):
         rest += len(chunk)
-        if rest >= others + slice_bytes:
-            raise VolumeError(VolumeFault.HEADER_LIES, MORE_THAN_SAID)
-    if rest < others:
+        if rest >= frames_bytes + slice_bytes:
+            raise VolumeError(VolumeFault.HEADER_LIES, UNDECLARED_SLICES)
+    if rest < frames_bytes:
         raise damaged("it ends before its last frame")
-    if rest > others:
-        findings.note(VolumeFault.HEADER_LIES, f"{rest - others} bytes follow the last voxel; they are not used.")
+    if rest > frames_bytes:
+        extra = rest - frames_bytes
+        findings.note(VolumeFault.HEADER_LIES, f"{extra} bytes follow the last voxel; they are not used.")

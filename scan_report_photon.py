@@ -1,13 +1,14 @@
-"""What is this scan, is it sound, and what will the model see of it: a report without patient data."""
+"""A report on one scan without patient data: what it is, its faults, and what the model sees of it."""
 
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from .scan_faults_photon import Findings, VolumeError
+from .scan_files_photon import ReadOptions
 from .scan_grid_photon import Geometry, model_grid, resample
 from .scan_intensity_photon import find_modality, intensity_window, scale_intensity
-from .scan_reader_photon import load
+from .scan_reader_photon import check_geometry, open_scan, read_voxels, system_errors
 
 try:
     import SimpleITK as sitk
@@ -49,7 +50,7 @@ class VolumeReport:
         if Figure is None:
             raise ImportError("the picture needs matplotlib: pip install matplotlib")
         if not self.planes:
-            raise ValueError("the scan was refused, so there is nothing to show; see faults")
+            raise ValueError("the scan was refused, so that there is nothing to show; see faults")
         figure = Figure(figsize=(12, 4.5), facecolor="black", layout="constrained")
         for axis, (name, (plane, (row, column))) in zip(figure.subplots(1, 3), self.planes.items(), strict=True):
             axis.imshow(plane, cmap="gray", vmin=0, vmax=255, aspect=row / column)
@@ -75,28 +76,30 @@ def inspect_volume(
     spacing=(2.6, 1.3, 1.3),
     orientation: str = "LAI",
     scaling: str = "window",
-    **reading,
+    **options,
 ) -> VolumeReport:
-    """Reads a scan as the processor would and reports instead of raising.
+    """Reads a scan as the processor would, and reports faults instead of raising them.
 
-    Arguments are those of `read_on_grid`. A scan that is refused comes back with `readable=False`, the code and the
-    message among `faults`, and what is known of it until then.
+    Arguments are those of `read_on_grid`. For a scan that is refused `readable` is False, `faults` holds the code
+    and the message, and the other parts hold what was read before.
     """
-    findings, parts, refused = Findings(), {}, []
+    options, findings, parts, refused = ReadOptions(**options), Findings(), {}, []
     try:
-        image, values = load(source, findings, **reading)
-        scan = Geometry.of(image)
-        parts["geometry"] = _geometry(scan)
+        with system_errors():
+            header = open_scan(source, options, findings)
+            scan = header.geometry
+            parts["geometry"] = _geometry(scan)
+            check_geometry(scan, options, findings)
+            image, values = read_voxels(header, options, findings)
         parts["intensity"] = _intensity(image, values)
         hu = {"assume_hu": assume_hu, "values": values}
         found = find_modality(image, modality, **hu)
         lo_hi = intensity_window(image, modality=found, window=window, percentiles=percentiles, **hu)
         parts["intensity"] |= {"modality": found, "window": list(lo_hi)}
         grid = model_grid(scan, size, spacing, orientation)
-        seen = resample(image, grid, window=lo_hi, outside=lo_hi[0])
-        seen = grid.image(scale_intensity(seen, window=lo_hi, scaling=scaling))
+        scaled = scale_intensity(resample(image, grid, window=lo_hi, outside=lo_hi[0]), window=lo_hi, scaling=scaling)
         parts["model"] = asdict(grid) | _overlap(scan, grid)
-        parts["planes"] = three_planes(seen)
+        parts["planes"] = three_planes(grid.image(scaled))
     except VolumeError as error:
         message = str(error).removeprefix(f"[{error.fault.value}] ")
         refused = [{"fault": error.fault.value, "level": "refused", "message": message}]
@@ -139,7 +142,7 @@ def _inside(inner: Geometry, outer: Geometry, steps: int = 24) -> float:
 def three_planes(image) -> dict:
     """{"axial", "coronal", "sagittal"}: middle plane (rows, columns) uint8 of an image in [0, 1], and its mm a pixel.
 
-    Upright as radiologists look at them: anterior or superior at the top, the patient's right on the left of the axial
+    Upright, as in radiology: anterior or superior at the top, the patient's right on the left of the axial
     and coronal plane, anterior on the left of the sagittal plane.
     """
     image = sitk.DICOMOrient(

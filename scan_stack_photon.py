@@ -1,7 +1,7 @@
-"""Parallel slices -> one regular stack: which phase, where, how even, how tilted.
+"""One regular stack of parallel slices: which phase, where, how even, how tilted.
 
-Geometry is decided from positions and orientations alone, never from slice thickness, slice location, order of files
-or the gantry-tilt tag: those are what scanners and exporters get wrong.
+Geometry comes from positions and orientations alone. Scanners and exporters get slice thickness, slice location, the
+order of files and the gantry-tilt tag wrong, so none of these is used.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from .scan_files_photon import choose_frame
 UNEVEN_WARN, UNEVEN_REFUSE = 1e-3, 1e-2  # of the median slice distance
 SAME_PLACE = 1e-2  # of the in-plane spacing: slices closer than this along the normal are one place
 MIN_TILT = 0.1  # degrees
-# Tags that may tell apart slices in one place, in this order; the times come last, they also differ between slices.
+# Tags that may tell apart slices in one place, in this order; times come last, since they also differ by slice.
 PHASE_TAGS = [
     "TemporalPositionIdentifier", "TemporalPositionIndex", "NominalPercentageOfCardiacPhase", "TriggerTime",
     "EchoTime", "EffectiveEchoTime", "DiffusionBValue", "StackID", "AcquisitionNumber", "AcquisitionTime",
@@ -36,7 +36,7 @@ class Slice:
     shape: tuple[int, int]  # rows, columns
     slope: float
     intercept: float
-    unscaled: tuple[bool, bool]  # whether slope, intercept are missing and stand at 1, 0
+    unscaled: tuple[bool, bool]  # whether slope, intercept are missing, and so 1, 0
     phases: dict
 
 
@@ -64,7 +64,7 @@ def one_phase(slices: list[Slice], frame: int | None, findings: Findings) -> lis
             return phases[sorted(phases)[choose_frame(len(phases), frame, name)]]
     raise VolumeError(
         VolumeFault.DUPLICATE_SLICES,
-        f"{len(slices)} slices lie in {len(places)} places, and no tag parts them into complete scans. Keep one "
+        f"{len(slices)} slices lie in {len(places)} places, and no tag divides them into complete scans. Keep one "
         "slice for each place in the folder.",
     )
 
@@ -104,22 +104,23 @@ def _places(slices: list[Slice], normal: np.ndarray) -> list[list[Slice]]:
 def _without_copies(places: list[list[Slice]], findings: Findings) -> list[Slice]:
     kept, copies = [], 0
     for place in places:
-        seen = set()
+        contents = set()
         for item in place:
-            key = (hashlib.sha256(item.path.read_bytes()).digest(), item.frame) if len(place) > 1 else None
-            copies += key in seen
-            if key not in seen:
+            content = (hashlib.sha256(item.path.read_bytes()).digest(), item.frame) if len(place) > 1 else None
+            copies += content in contents
+            if content not in contents:
                 kept.append(item)
-            seen.add(key)
+            contents.add(content)
     if copies:
-        findings.warn(VolumeFault.DUPLICATE_SLICES, f"{copies} slices are there twice, byte for byte; read once.")
+        findings.warn(VolumeFault.DUPLICATE_SLICES, f"{copies} slices are copies, equal byte for byte; read once.")
     return kept
 
 
-def place_stack(slices: list[Slice], findings: Findings, gaps: str):
-    """(affine to LPS, None), or with interpolation (affine, (heights there, heights wanted)).
+def place_stack(slices: list[Slice], gaps: str, findings: Findings):
+    """(4 x 4 affine to LPS mm, number of slices, heights): heights in mm only where slices must be interpolated.
 
-    Heights are measured along the normal; what the positions move across it is gantry tilt, and stays in the affine.
+    Heights are measured along the normal. A movement of the positions across the normal is gantry tilt, and stays in
+    the affine.
     """
     if len(slices) < 4:
         raise VolumeError(
@@ -133,10 +134,10 @@ def place_stack(slices: list[Slice], findings: Findings, gaps: str):
     median = float(np.median(steps))
     uneven = np.abs(steps / median - 1)
     worst = int(uneven.argmax())
-    regular = None
+    depth, interpolated = len(slices), False
     if uneven[worst] > UNEVEN_REFUSE:
         _refuse_gap(steps, median, worst, gaps, findings)
-        regular = heights, np.linspace(0, heights[-1], round(heights[-1] / median) + 1)
+        depth, interpolated = round(heights[-1] / median) + 1, True
     elif uneven[worst] > UNEVEN_WARN:
         findings.warn(
             VolumeFault.SLICE_INCREMENT_INCONSISTENT,
@@ -154,30 +155,32 @@ def place_stack(slices: list[Slice], findings: Findings, gaps: str):
         findings.warn(
             VolumeFault.GANTRY_TILT, f"The slices are tilted by {tilt:.2f} degrees; resampled through the full affine."
         )
-    depth = len(slices) if regular is None else len(regular[1])
     affine, (row, column) = np.eye(4), slices[0].orientation.reshape(2, 3)
     affine[:3, 0], affine[:3, 1] = row * slices[0].spacing[1], column * slices[0].spacing[0]
     affine[:3, 2], affine[:3, 3] = (positions[-1] - positions[0]) / (depth - 1), positions[0]
     if abs(slices[0].spacing[0] / slices[0].spacing[1] - 1) > 1e-3:
         findings.note(VolumeFault.ANISOTROPIC_IN_PLANE, "Row and column spacing differ; both are used.")
-    return affine, regular
+    return affine, depth, heights if interpolated else None
 
 
 def _refuse_gap(steps, median: float, worst: int, gaps: str, findings: Findings) -> None:
     missing = steps / median - np.rint(steps / median)
     whole = np.abs(missing).max() < 0.05 and steps[worst] > 1.5 * median
     fault = VolumeFault.MISSING_SLICES if whole else VolumeFault.SLICE_INCREMENT_INCONSISTENT
-    seen = (
+    gap = (
         f"Between slices {worst + 1} and {worst + 2} of {len(steps) + 1} (counted along the stack) the distance is "
         f"{steps[worst]:.3f} mm, elsewhere {median:.3f} mm"
     )
     if gaps == "refuse":
-        raise VolumeError(fault, f'{seen}. Fetch the missing slices, or accept made-up ones with gaps="interpolate".')
-    findings.warn(fault, f"{seen}; interpolated to even slices.")
+        raise VolumeError(
+            fault, f'{gap}. Fetch the missing slices, or accept interpolated ones with gaps="interpolate".'
+        )
+    findings.warn(fault, f"{gap}; interpolated to even slices.")
 
 
-def interpolate(volume: np.ndarray, heights: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Slices at even heights, each from its two neighbours."""
+def interpolate(volume: np.ndarray, heights: np.ndarray, depth: int) -> np.ndarray:
+    """float32 (depth, rows, columns): slices at even heights, each from its two neighbours."""
+    wanted = np.linspace(0, heights[-1], depth)
     above = np.clip(np.searchsorted(heights, wanted), 1, len(heights) - 1)
     part = np.clip((wanted - heights[above - 1]) / (heights[above] - heights[above - 1]), 0, 1)
     out = np.empty((len(wanted), *volume.shape[1:]), np.float32)

@@ -1,8 +1,8 @@
 """Preprocessed scans on disk, so that an epoch does not resample again.
 
-An entry is keyed by the scan's content and the processor's settings: a file that is renamed is found, one that is
-changed is not. It holds patches and geometry, nothing else of the scan: no name, no date, no path. Entries are written
-beside and renamed, so several processes may write at once.
+The key of an entry is the scan's content and the processor's settings: a renamed file is found, a changed one is not.
+An entry holds patches and geometry, and nothing else of the scan: no name, no date, no path. It is written beside its
+place and renamed, so that several processes may write at once.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from safetensors.numpy import save_file
 
 CHUNK = 1 << 20
 SETTLED = 2_000_000_000  # nanoseconds
-DTYPE = np.float16  # half the room; 5e-4 of the input range, less than half a HU for most of a CT
+DTYPE = np.float16  # half the space; error 5e-4 of the input range, less than half a HU for most of a CT
 
 
 class VolumeStore:
     """A folder of preprocessed scans.
 
-    Args: folder: made where it is missing. settings: what, beside the scan, decides the result; JSON-serialisable.
+    Args: folder: made where it is missing. settings: what decides the result beside the scan; JSON-serialisable.
     """
 
     def __init__(self, folder, settings):
@@ -44,7 +44,7 @@ class VolumeStore:
         return digest.hexdigest()
 
     def load(self, key):
-        """Patches (N, voxels) float32 and geometry, or `None` where there is no whole entry."""
+        """Patches (N, voxels) float32 and geometry, or `None` where there is no complete entry."""
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
             return None
@@ -52,7 +52,7 @@ class VolumeStore:
             with safe_open(path, "np") as entry:
                 return entry.get_tensor("patches").astype(np.float32), json.loads(entry.metadata()["geometry"])
         except (SafetensorError, OSError, KeyError, ValueError):
-            path.unlink(missing_ok=True)  # cut short by a full disk: made anew
+            path.unlink(missing_ok=True)  # cut short by a full disk: written again
             return None
 
     def save(self, key, patches, geometry):
@@ -69,7 +69,7 @@ class VolumeStore:
 
 
 def _files(path):
-    """What a scan is made of: the files of a folder, or a file and its namesakes (a header's voxels)."""
+    """The files of a scan: those of a folder, or a file and those of its stem (a header's voxels)."""
     if path.is_dir():
         return [file for file in path.iterdir() if file.is_file()]
     if path.suffix.lower() in (".mhd", ".nhdr", ".hdr", ".img"):
@@ -78,8 +78,8 @@ def _files(path):
 
 
 def _digest(file):
-    """A file's hash. A process trusts place, inode, size and time of change for it, once that time is settled; a copy
-    that keeps all four, with other content, would go unseen until the next process."""
+    """A file's hash. A process does not hash a file of the same path, inode, size and time of change again, once that
+    time is two seconds old; a change of content that keeps all four is found by the next process only."""
     stat = file.stat()
     known_by = (os.path.realpath(file), stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if time.time_ns() - stat.st_mtime_ns < SETTLED:  # it may change again within one tick of the clock

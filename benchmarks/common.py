@@ -56,8 +56,8 @@ def interleaved(functions, device, repeats):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(device, rows, ratios, file=None):
-    """Print rows (name to number of each) as a table, then the ratios; write both with device and date."""
+def report(device, rows, ratios, file=None, **facts):
+    """Print rows (name to number of each) as a table, then the ratios; write both with device, date and facts."""
     columns = list(rows[0])
     widths = [max(len(column), *(len(_text(row[column])) for row in rows)) for column in columns]
     for line in (dict(zip(columns, columns, strict=True)), *rows):
@@ -68,7 +68,8 @@ def report(device, rows, ratios, file=None):
     for name, value in ratios.items():
         print(f"{name} = {value:.3f}")
     if file:
-        result = {"device": device_name(device), "date": date.today().isoformat(), "rows": rows, "ratios": ratios}
+        result = {"device": device_name(device), "date": date.today().isoformat(), **facts}
+        result |= {"rows": rows, "ratios": ratios}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=2) + "\n")
 

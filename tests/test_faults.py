@@ -87,7 +87,7 @@ def dataset(k: int, plane: np.ndarray, series="1.2.3.4", spacing=(0.7, 0.9), ste
 
 
 def write_series(folder: Path, edit=None, voxels=None, prefix="slice", **options) -> Path:
-    """A sound series of CT; `edit(dataset, k)` spoils it, and may return None to leave the slice out."""
+    """A sound series of CT; `edit(dataset, k)` changes it, and may return None to leave the slice out."""
     folder.mkdir(exist_ok=True)
     voxels = hu() if voxels is None else voxels
     for k in np.random.default_rng(7).permutation(len(voxels)):  # the order of files means nothing
@@ -105,7 +105,7 @@ def setter(**tags):
     return edit
 
 
-# === DICOM faults: (code, how the series is spoilt) ==================================================================
+# === DICOM faults: (code, how the series is damaged) =================================================================
 
 
 def z(step):
@@ -172,7 +172,7 @@ DICOM_FAULTS = {
 @pytest.mark.parametrize("name", DICOM_FAULTS)
 def test_dicom_fault(name, tmp_path):
     fault, edit = DICOM_FAULTS[name]
-    assert codes(write_series(tmp_path / "spoilt", edit)) == {fault}
+    assert codes(write_series(tmp_path / "faulty", edit)) == {fault}
     assert codes(write_series(tmp_path / "clean")) == set()
 
 
@@ -267,7 +267,7 @@ def test_localisers_notes_and_copies_beside_a_series(tmp_path):
     assert codes(folder) == {Fault.NON_IMAGING_DICOM_FILES}
     folder = write_series(tmp_path / "copies")
     shutil.copy(next(folder.iterdir()), folder / "copy.dcm")
-    with pytest.warns(VolumeWarning, match="DUPLICATE_SLICES.* 1 slices are there twice"):
+    with pytest.warns(VolumeWarning, match="DUPLICATE_SLICES.* 1 slices are copies"):
         np.testing.assert_array_equal(sitk.GetArrayFromImage(read_volume(folder)), hu())
 
 
@@ -286,7 +286,7 @@ def beside(folder: Path, name: str, content: bytes) -> Path:
 
 
 def test_what_lies_beside_the_slices(tmp_path):
-    """A pipe does not make the reader wait, a Mac's notes do not spoil a series, a link to nowhere is told of."""
+    """A pipe does not make the reader wait, a Mac's notes leave a series unharmed, a link to nowhere is refused."""
     folder = write_series(tmp_path / "pipe")
     os.mkfifo(folder / "pipe")
     assert codes(folder) == {Fault.NON_IMAGING_DICOM_FILES}
@@ -658,8 +658,8 @@ CLEAN = {
 @pytest.mark.parametrize("name", FILE_FAULTS)
 def test_file_fault(name, tmp_path):
     fault, make = FILE_FAULTS[name]
-    (tmp_path / "spoilt").mkdir()
-    path = make(tmp_path / "spoilt")
+    (tmp_path / "faulty").mkdir()
+    path = make(tmp_path / "faulty")
     assert codes(path) == {fault}
     assert notes(path) >= {fault.value}
     with warnings.catch_warnings(record=True) as caught:

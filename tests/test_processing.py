@@ -35,6 +35,30 @@ def scan(seed=0, size=SIZE, spacing=(5.1, 6.3, 7.7), direction=None):
     return image
 
 
+def test_one_identity_and_fields_for_one_call_through_the_auto_class():
+    """The Auto classes return the repository's classes, and fields given for one call reach them."""
+    image_processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True).image_processor
+    assert type(image_processor) is PhotonVolumeProcessor
+    image = scan(4)
+    small = {"grid": [28, 56, 84], "spacing": [9.0, 4.0, 3.0]}
+    ct, mr = (image_processor([image], modality=modality, **small) for modality in ("ct", "mr"))
+    expected, *_ = PhotonVolumeProcessor(**(image_processor.settings | small | {"modality": "mr"})).read(image)
+    np.testing.assert_array_equal(mr["pixel_values_videos"], patches_of(expected, mr["video_grid_thw"][0]))
+    assert np.abs(ct["pixel_values_videos"] - mr["pixel_values_videos"]).max() > 1e-3
+    assert image_processor.modality == "auto"
+
+
+def patches_of(array, grid_thw):
+    """(D, H, W) cut by plain loops into patches, 2 x 2 of a token together."""
+    side = array.shape[0] // grid_thw[0]
+    t, h, w = grid_thw
+    return np.array([
+        array[k * side : (k + 1) * side, j * side : (j + 1) * side, i * side : (i + 1) * side].ravel()
+        for k in range(t) for jj in range(h // 2) for ii in range(w // 2)
+        for j in (2 * jj, 2 * jj + 1) for i in (2 * ii, 2 * ii + 1)
+    ])  # fmt: skip
+
+
 def chat(*volumes, text="Is there a lesion in the liver?", answer=None):
     parts = [{"type": "volume", "volume": volume} for volume in volumes]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
