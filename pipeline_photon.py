@@ -14,10 +14,12 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
     pipe({"volume": ["prior.nii.gz", "now.nii.gz"], "question": "Has ... grown?"})   # several scans in one prompt
     ```
     A scan is anything that the processor reads: NIfTI, NRRD or MetaImage file, DICOM folder, SimpleITK or nibabel
-    image, (array, affine), or a dict of one with "path" or "volume" and reading options. Arguments of `generate`
+    image, (array, affine), or a dict {"path": ...} or {"volume": ...} with reading options. Arguments of `generate`
     (`max_new_tokens`, `token_budget`, `keep_ratio`, `use_scheduler`, ...) may follow, by name.
 
-    Returns: {"answer": text, "tokens_kept": k, "tokens_seen": V}, or a list of such, in the order of the input.
+    Returns: {"answer": text, "tokens_kept": k, "tokens_seen": V}, k of V visual tokens; or a list of such dicts, in
+        the order of the input.
+    Raises: `ValueError` where scans and questions do not match, `VolumeError` where a scan cannot be read.
     """
 
     _load_processor = True
@@ -32,7 +34,7 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
         if question is not None:
             if isinstance(volume, list) and isinstance(question, list) and len(volume) != len(question):
                 raise ValueError(
-                    f"Got {len(volume)} scans and {len(question)} questions. Pass one of either, as many of both, or "
+                    f"Got {len(volume)} scans and {len(question)} questions. Pass equal numbers, one of either, or "
                     'dicts {"volume": ..., "question": ...}.'
                 )
             if isinstance(volume, list) or isinstance(question, list):
@@ -61,15 +63,15 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
         return {
             "sequences": output.sequences[:, model_inputs["input_ids"].shape[1] :],
             "cut": output.past_key_values.cut,
-            "seen": int((model_inputs["input_ids"] == self.model.config.video_token_id).sum()),
+            "visual_count": int((model_inputs["input_ids"] == self.model.config.video_token_id).sum()),
         }
 
     def postprocess(self, outputs):
         cut = outputs["cut"]
         return {
             "answer": self.processor.decode(outputs["sequences"][0], skip_special_tokens=True).strip(),
-            "tokens_kept": outputs["seen"] if cut is None else int(cut.keep_mask.sum()),
-            "tokens_seen": outputs["seen"],
+            "tokens_kept": outputs["visual_count"] if cut is None else int(cut.keep_mask.sum()),
+            "tokens_seen": outputs["visual_count"],
         }
 
 

@@ -1,9 +1,9 @@
-"""Build the tiny model at the repository's root: tokenizer, processor, configuration and random weights.
+"""Writes the tiny model of the repository's root: tokenizer, processor, configuration and random weights.
 
     python scripts/build_root.py [--output DIR]
 
-The tokenizer is a byte-level BPE trained on phantom questions, with Qwen's special tokens. Weights are untrained; a
-training run fills them. Running it again gives the same files.
+The tokenizer is a byte-level BPE trained on phantom questions, with Qwen's special tokens. The weights are random;
+`runs/tiny_cpu.sh` trains them. Running the script again gives the same files.
 """
 
 import argparse
@@ -30,8 +30,8 @@ SPECIAL_TOKENS = [
 ]  # fmt: skip
 ROLES = ["system", "user", "assistant", "You are a helpful assistant."]
 VOCABULARY = 1024
-# phantoms have voxels of 4 to 6 mm: 7 x 7 x 7 voxels of 4 mm a patch show a lesion as well as 14 x 14 x 14 would, and
-# teach it sooner. 12 x 5 x 7 = 420 tokens over 336 x 280 x 392 mm
+# phantoms have voxels of 4 to 6 mm, so that a patch of 7 x 7 x 7 voxels of 4 mm shows a lesion as well as 14 x 14 x 14
+# would, and is learnt sooner. 12 x 5 x 7 = 420 tokens over 336 x 280 x 392 mm
 GRID, SPACING, PATCH = (84, 70, 98), (4.0, 4.0, 4.0), 7
 WINDOW = (-200.0, 400.0)  # soft tissue fills it
 SEED = 0
@@ -82,7 +82,7 @@ def build_config(tokenizer):
         "num_key_value_heads": KEY_HEADS,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
-        "initializer_range": HIDDEN**-0.5,  # the usual 0.02 fits a width of 2,048; here it would stay at chance long
+        "initializer_range": HIDDEN**-0.5,  # the usual 0.02 suits a width of 2,048; here learning would start late
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 1e6,
@@ -102,11 +102,10 @@ def build_config(tokenizer):
         "patch_size": PATCH,
         "spatial_patch_size": PATCH,
         "temporal_patch_size": PATCH,
-        "window_size": 16 * PATCH,  # wider than a slab: each patch sees all of its own
+        "window_size": 16 * PATCH,  # wider than a slab, so that a patch attends to its whole slab
         "fullatt_block_indexes": [VISION_LAYERS - 1],
     }
-    config_class = PhotonConfig
-    return config_class(
+    return PhotonConfig(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
@@ -123,7 +122,7 @@ def main(argv=None):
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     config = build_config(tokenizer)
-    # centred, since the patch embedding has no bias and most of a scan is air
+    # centred, because the patch embedding has no bias and most of a scan is air
     processor = build_processor(
         tokenizer,
         config,
@@ -131,12 +130,12 @@ def main(argv=None):
     )
     torch.manual_seed(SEED)
     model = PhotonForConditionalGeneration(config).to(torch.bfloat16)
-    with torch.no_grad():  # a threshold in the middle, so that an untrained model cuts too
+    with torch.no_grad():  # a threshold in the middle, so that an untrained model deletes tokens too
         model.model.language_model.scheduler.predictor.mlp[-1].bias.zero_()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[3:]),  # marks of the input, not words
+        suppress_tokens=tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[3:]),  # they mark the input
         max_new_tokens=64,
         do_sample=False,
     )

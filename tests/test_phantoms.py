@@ -5,6 +5,7 @@ python -m pytest tests/test_phantoms.py
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 
 import phantoms as command
+from conftest import ROOT, run_fresh
 from photon.phantoms import dataset as phantoms
 from photon.phantoms.anatomy import FOV_ORGANS, LABELS
 from photon.phantoms.patient import CHANGES, LIMITED_FOVS, Phantom, PhantomConfig, make_patient
@@ -26,7 +28,6 @@ from photon.phantoms.questions import (
     write_questions,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 PATIENTS = 30
 
 
@@ -374,3 +375,21 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--output", "b", "--size", "huge"])
     assert "choose one of" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        command.main(["--output", str(tmp_path), "--patients", "1"])
+    assert "no settings.json" in capsys.readouterr().err
+
+
+def test_every_option_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    options = re.findall(r"^  --([a-z-]+)(?: [A-Z{].*?)?(?:  +|\n +)(.*)$", capsys.readouterr().out, re.M)
+    assert {"seed", "orientations", "workers"} <= {name for name, _ in options} and len(options) >= 20
+    assert all(re.match(r"\w", text) for _, text in options), options
+
+
+def test_phantoms_need_no_torch():
+    """They are made on machines that only prepare data."""
+    code = "import sys\nsys.path.insert(0, sys.argv[1])\nimport phantoms\nassert 'torch' not in sys.modules"
+    run_fresh(code, ROOT)

@@ -2,17 +2,36 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
+import SimpleITK as sitk
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    Trainer,
+    TrainingArguments,
+)
 
 from conftest import ROOT, TOKENS, collate, real, run_fresh, three_rows, tiny_model
+from photon import configuration_photon, modeling_photon, pipeline_photon, processing_photon
 from photon.configuration_photon import PhotonConfig
+from photon.loading import load
 from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.phantoms.patient import make_patient
 
-SHIPPED = [*ROOT.glob("*_photon.py"), *ROOT.glob("*.json"), ROOT / "model.safetensors", ROOT / "chat_template.jinja"]
+TOOLS = {"convert_photon.py", "scan_report_photon.py"}  # of this suffix, but nothing in a checkpoint imports them
+PIPELINE = """
+import json, sys
+from transformers import pipeline
+ask = pipeline("volume-question-answering", model=sys.argv[1], trust_remote_code=True)
+print(json.dumps(ask(sys.argv[2], ["Is there a lesion in the liver?", "How many kidneys?"], max_new_tokens=6)))
+"""
 LOGITS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -26,12 +45,95 @@ save_file({"logits": out.logits, "keep": out.keep_mask}, sys.argv[3])
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
+    """The root's model and processor as `save_pretrained` writes them, each by itself into one folder."""
     folder = tmp_path_factory.mktemp("elsewhere") / "photon-copy"
-    folder.mkdir()
-    for file in SHIPPED:
-        if file.name != "convert_photon.py":
-            shutil.copy(file, folder)
+    AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True).save_pretrained(folder)
+    AutoProcessor.from_pretrained(ROOT, trust_remote_code=True).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scan") / "phantom.nii.gz"
+    sitk.WriteImage(make_patient(1, 3)[0], str(path))
+    return path
+
+
+def piped(folder, scan):
+    """Two answers of the folder's pipeline in a fresh process."""
+    return json.loads(run_fresh(PIPELINE, folder, scan).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def answers(repository, phantom):
+    return piped(repository, phantom)
+
+
+def code(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("*_photon.py") if file.name not in TOOLS}
+
+
+def test_a_saved_folder_is_what_ships(repository, tmp_path):
+    """Code, configuration and weights equal the root's, as saved here and as saved from there in a fresh process."""
+    assert code(repository) == code(ROOT)
+    for name in ("config.json", "processor_config.json", "generation_config.json", "tokenizer.json"):
+        assert json.loads((repository / name).read_text()) == json.loads((ROOT / name).read_text()), name
+    for name in ("chat_template.jinja", "model.safetensors"):
+        assert (repository / name).read_bytes() == (ROOT / name).read_bytes(), name
+    run_fresh(
+        """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for loader in (AutoModelForImageTextToText, AutoProcessor):
+    loader.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
+""",
+        repository,
+        tmp_path / "again",
+    )
+    assert code(tmp_path / "again") == code(ROOT)
+
+
+def test_one_identity():
+    """In a process that imports `photon.loading`, the Auto classes return the classes of `photon`."""
+    trust = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(**trust)
+    for got, expected in [
+        (AutoConfig.from_pretrained(**trust), configuration_photon.PhotonConfig),
+        (AutoModel.from_pretrained(**trust), modeling_photon.PhotonModel),
+        (AutoModelForImageTextToText.from_pretrained(**trust), modeling_photon.PhotonForConditionalGeneration),
+        (AutoModelForMultimodalLM.from_pretrained(**trust), modeling_photon.PhotonForConditionalGeneration),
+        (processor, processing_photon.PhotonProcessor),
+        (processor.image_processor, processing_photon.PhotonVolumeProcessor),
+    ]:
+        assert type(got) is expected
+
+
+def test_a_checkpoint_with_other_code(repository, phantom, answers, tmp_path):
+    """Here the root's code runs, with a warning that says so; elsewhere the checkpoint runs its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(repository)  # the same code: no warning
+    other = tmp_path / "other"
+    shutil.copytree(repository, other)
+    source = (other / "pipeline_photon.py").read_text()
+    (other / "pipeline_photon.py").write_text(source.replace('"answer": ', '"answer": "its own code: " + '))
+    source = (other / "processing_photon.py").read_text()
+    (other / "processing_photon.py").write_text(source + "\nITS_OWN_CODE = True\n")
+    with pytest.warns(UserWarning, match="differs from this repository's .*This repository's code runs") as caught:
+        processor, model = load(other)
+    text = str(caught[0].message)
+    assert "pipeline_photon.py" in text and "processing_photon.py" in text and "modeling_photon.py" not in text
+    assert "outside this repository" in text  # how to run the checkpoint's own
+    assert type(processor) is processing_photon.PhotonProcessor
+    assert type(model) is modeling_photon.PhotonForConditionalGeneration
+    assert [a["answer"] for a in piped(other, phantom)] == ["its own code: " + a["answer"] for a in answers]
+
+
+def test_a_saved_folder_answers_as_the_root_does(phantom, answers):
+    """`pipeline_photon.py` is in the folder, although neither the model nor the processor uses it."""
+    processor, model = load(ROOT, "cpu", "bfloat16")
+    ask = pipeline_photon.VolumeQuestionAnsweringPipeline(model=model, processor=processor)
+    assert answers == ask(str(phantom), ["Is there a lesion in the liver?", "How many kidneys?"], max_new_tokens=6)
 
 
 def test_every_auto_class(repository):
@@ -101,8 +203,6 @@ def same_in_a_fresh_process(model, folder, tmp_path):
 
 def published(tmp_path, **fields):
     """A tiny model in a complete folder, loaded as a user loads it."""
-    from transformers import AutoModelForImageTextToText
-
     tiny_model(**fields).save_pretrained(tmp_path / "published")
     return AutoModelForImageTextToText.from_pretrained(
         tmp_path / "published", trust_remote_code=True, dtype=torch.float32

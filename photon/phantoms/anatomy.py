@@ -1,7 +1,7 @@
-"""A synthetic patient's organs: analytic shapes, and the tissues painted in their order.
+"""A synthetic patient's organs as analytic shapes, and the order in which their tissues are painted.
 
-Organs are shapes in the patient's own frame (mm; x to the left, y to the back, z to the head: LPS), so truth does not
-depend on the voxel grid. Shapes use only + - * / and sqrt, which IEEE 754 fixes to the last bit.
+Organs are shapes in the patient's frame (mm; x to the left, y to the back, z to the head: LPS), so that the truth does
+not depend on the voxel grid. Shapes use only + - * / and sqrt, which IEEE 754 fixes to the last bit.
 """
 
 import math
@@ -173,11 +173,11 @@ class Anatomy:
         return tubes
 
 
-# === Painting: what lies over what ===
+# === Painting: later shapes lie over earlier ones ===
 
 
 def paint_frame(canvas, anatomy):
-    """Table, skin, fat, muscle, ribs, spine and great vessels: everything that runs through the whole scan."""
+    """Paints what runs through the scan from end to end: table, skin, fat, muscle, ribs, spine and great vessels."""
     hu, everything = anatomy.hu, (np.full(3, -900.0), np.full(3, 900.0))
     back = anatomy.body_radii[1]
 
@@ -239,6 +239,7 @@ def _paint_spine(canvas, anatomy, center, radii):
 
 
 def paint_organs(canvas, anatomy):
+    """Paints bowel, lungs, heart, stomach, liver, spleen, kidneys and their vessels."""
     hu = anatomy.hu
     for center, radii, gas in anatomy.bowel:
         box = (center - radii - 4, center + radii + 4)

@@ -9,19 +9,21 @@ import numpy as np
 try:
     import SimpleITK as sitk
 except ImportError as error:
-    raise ImportError("phantoms are stored with SimpleITK, which is missing: pip install SimpleITK") from error
+    raise ImportError("Phantoms are stored with SimpleITK, which is missing: pip install SimpleITK") from error
 
 _AXIS = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
 def check_orientation(code):
+    """Raises `ValueError` unless `code` has one letter for each of the three axes, such as "RAS"."""
     if sorted(_AXIS.get(letter, (9, 0))[0] for letter in code) != [0, 1, 2]:
         raise ValueError(f"orientation {code!r} needs one letter each of L/R, P/A and S/I, such as RAS")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Voxel centres origin + spacing * index in LPS order; the patient lies at rotation @ p + shift."""
+    """A scan's grid. Voxel centres are origin + spacing * index (mm, LPS order); a point p of the patient is at
+    rotation @ p + shift."""
 
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
@@ -30,16 +32,19 @@ class Grid:
     shift: np.ndarray
 
     def to_world(self, points):
+        """Points (n, 3) of the patient in the scanner's coordinates, mm."""
         turned = [sum(self.rotation[i, j] * points[:, j] for j in range(3)) for i in range(3)]  # no BLAS: same bits
         return np.stack(turned, 1) + self.shift
 
     def holds(self, world):
+        """(n,) bool: which points (n, 3) lie between the first and the last voxel centres."""
         high = np.array(self.origin) + np.array(self.spacing) * (np.array(self.shape) - 1)
         return np.all((world >= self.origin) & (world <= high), 1)
 
 
 def rotation_matrix(angles):
-    """Rounded to six decimals, since sin and cos may differ in the last bit between machines."""
+    """Rotation about x, y, z by degrees (3,), rounded to six decimals: sin and cos differ between machines in the last
+    bit."""
     (cx, sx), (cy, sy), (cz, sz) = ((math.cos(math.radians(a)), math.sin(math.radians(a))) for a in angles)
     turn_x, turn_y = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]), np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     return np.round(np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]) @ turn_y @ turn_x, 6)
@@ -58,7 +63,7 @@ class Canvas:
         self.width = float(np.round(np.mean(grid.spacing) + 0.8, 3))  # of an edge: a voxel and the scanner's blur
 
     def region(self, low, high):
-        """Slices of the grid around a patient box, and patient coordinates there; None where the scan misses it."""
+        """The grid's slices around a box of the patient, and the patient's coordinates in it; `None` off the scan."""
         corners = np.array(list(itertools.product(*zip(low, high, strict=True))))
         world = self.grid.to_world(corners)
         slices = []
@@ -74,7 +79,7 @@ class Canvas:
         return tuple(slices), tuple(r[0, i] * x + r[1, i] * y + r[2, i] * z for i in range(3))
 
     def paint(self, box, distance, hu, label=0, width=None, within=None):
-        """Blend `hu` (a number, or a function of p) over the voxels of a shape by the share of each that it covers.
+        """Blends `hu` (a number, or a function of p) over a shape's voxels, by the share of a voxel that it covers.
 
         `label` marks the voxels whose centre lies in the shape; `within` keeps the paint to voxels of that label.
         """
@@ -92,7 +97,7 @@ class Canvas:
             self.organs[where][d < 0] = label
 
     def add_noise(self, rng, sigma):
-        """Slow tissue texture, and noise correlated between in-plane neighbours, as a reconstruction leaves it."""
+        """Adds slow tissue texture, and noise correlated between in-plane neighbours as after a reconstruction."""
         shape = self.grid.shape
         fine = rng.standard_normal([n + (2 if i < 2 else 0) for i, n in enumerate(shape)], dtype=np.float32)
         fine = (fine[2:] + fine[1:-1] + fine[:-2] * np.float32(0.5)) / np.float32(1.5)
@@ -109,7 +114,7 @@ class Canvas:
 
 
 def store(array, grid, code):
-    """(x, y, z) LPS array -> SimpleITK image whose index axes run towards `code`; every voxel stays where it is."""
+    """A SimpleITK image whose index axes run towards `code`, from an LPS array (x, y, z). No voxel moves in space."""
     axes, signs = zip(*(_AXIS[letter] for letter in code), strict=True)
     origin, direction = list(grid.origin), np.zeros((3, 3))
     for i, (axis, sign) in enumerate(zip(axes, signs, strict=True)):

@@ -1,4 +1,4 @@
-"""Phantom patients as a data set on disk: scans, label maps, questions, a card."""
+"""A data set of phantom patients on disk: scans, label maps, questions, a card."""
 
 import json
 import os
@@ -10,33 +10,37 @@ from pathlib import Path
 from tqdm import tqdm
 
 from photon.phantoms.anatomy import LABELS
-from photon.phantoms.patient import Phantom, PhantomConfig
+from photon.phantoms.patient import Phantom, PhantomConfig, setting
 from photon.phantoms.questions import blind_baseline, patient_questions, write_questions
 
 try:
     import SimpleITK as sitk
 except ImportError as error:
-    raise ImportError("phantoms are written with SimpleITK, which is missing: pip install SimpleITK") from error
+    raise ImportError("Phantoms are written with SimpleITK, which is missing: pip install SimpleITK") from error
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set: its seed, its splits' shares and its patients."""
+    """A data set: its seed, the shares of its splits, and its patients' settings."""
 
-    seed: int = 0
-    val: float = 0.1
-    test: float = 0.2
+    seed: int = setting(0, "of all patients and questions")
+    val: float = setting(0.1, "share of patients for validation")
+    test: float = setting(0.2, "share of patients for testing")
     phantom: PhantomConfig = PhantomConfig()
 
     def __post_init__(self):
         if self.seed < 0 or self.val < 0 or self.test < 0 or self.val + self.test > 1:
-            seen = f"seed {self.seed}, val {self.val}, test {self.test}"
-            raise ValueError(f"{seen}: none may be below 0, and the two shares are at most 1 together")
+            raise ValueError(
+                f"seed is {self.seed}, val {self.val}, test {self.test}; none may be below 0, nor val + test above 1"
+            )
 
 
 def split_of(patient, config):
-    """The split of patient number `patient`. Multiples of the golden ratio fill the unit interval evenly: the shares
-    hold at any number of patients, and a data set that grows never moves a patient."""
+    """The split of patient number `patient`: "train", "val" or "test".
+
+    Multiples of the golden ratio fill the unit interval evenly. So the shares hold for any number of patients, and no
+    patient changes its split when the data set grows.
+    """
     place = (patient + 1) * 0.6180339887498949 % 1
     return "test" if place < config.test else "val" if place < config.test + config.val else "train"
 
@@ -48,7 +52,7 @@ def _write_json(path, value):
 
 
 def write_patient(task):
-    """Write one patient's scans, label maps and facts, and return the facts; the folder is named when all is in it."""
+    """Writes one patient's scans, label maps and facts, and returns the facts. A folder under its name is complete."""
     root, patient, config = task
     folder, partial = Path(root) / "scans" / f"p{patient:05d}", Path(root) / "scans" / f".p{patient:05d}.partial"
     if folder.exists():
@@ -67,16 +71,24 @@ def write_patient(task):
     return scans
 
 
+def _written(tasks, workers):
+    if workers == 1:
+        yield from map(write_patient, tasks)
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            yield from pool.map(write_patient, tasks)
+
+
 def _stamp(root, config):
-    """Keep the settings beside the data, so that a second run completes this data set or refuses to mix in another."""
+    """Writes the settings beside the data. Raises `ValueError` where the folder holds data of other settings."""
     settings, stamp = json.loads(json.dumps(asdict(config))), root / "settings.json"
     settings |= settings.pop("phantom")
     if stamp.exists():
         held = json.loads(stamp.read_text(encoding="utf-8"))
         other = [name for name in settings if held.get(name) != settings[name]]
         if other:
-            seen = ", ".join(f"{name} {held.get(name)} (asked for {settings[name]})" for name in other)
-            raise ValueError(f"the folder holds a data set with {seen}; choose another folder, or remove it")
+            found = ", ".join(f"{name} {held.get(name)} (asked for {settings[name]})" for name in other)
+            raise ValueError(f"the folder holds a data set with {found}; choose another folder, or remove it")
     elif any(root.iterdir()):
         raise ValueError("the folder is not empty and holds no settings.json of phantoms; choose another folder")
     else:
@@ -84,13 +96,17 @@ def _stamp(root, config):
 
 
 def write_data_set(root, patients, config, workers=1):
-    """Write or complete a data set of `patients` patients; returns its rows and its blind baseline."""
+    """Writes or completes a data set.
+
+    Args: root: its folder; patients: how many; config: `DataConfig`; workers: processes.
+    Returns: its rows; the blind baseline by task (see `blind_baseline`); the same as a table in Markdown.
+    Raises: `ValueError` where the folder holds other data.
+    """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     _stamp(root, config)
     tasks = [(str(root), patient, config) for patient in range(patients)]
-    with ProcessPoolExecutor(workers) if workers > 1 else _Serial() as pool:
-        facts = list(tqdm(pool.map(write_patient, tasks), total=patients, desc="patients", unit="patient"))
+    facts = list(tqdm(_written(tasks, workers), total=patients, desc="patients", unit="patient"))
     candidates = []
     for scans in facts:
         patient = scans[0]["patient"]
@@ -102,21 +118,11 @@ def write_data_set(root, patients, config, workers=1):
         _write_json(root / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in group))
     table = blind_baseline(by_split["train"], by_split["test"])
     lines = ["| task | train | test | chance | blind baseline | left out to balance |", "|---|---|---|---|---|---|"]
-    for task, (seen, scored, chance, blind) in table.items():
-        lines.append(f"| {task} | {seen} | {scored} | {chance:.3f} | {blind:.3f} | {left[task]} |")
+    for task, (fitted, scored, chance, blind) in table.items():
+        lines.append(f"| {task} | {fitted} | {scored} | {chance:.3f} | {blind:.3f} | {left[task]} |")
     report = "\n".join(lines)
     _write_json(root / "README.md", _card(config, patients, by_split, report))
     return rows, table, report
-
-
-class _Serial:
-    map = staticmethod(map)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
 
 
 def _card(config, patients, by_split, report):
@@ -133,10 +139,10 @@ configs:
 # Phantom torso CTs
 
 {patients} synthetic patients made by `phantoms.py` from seed {config.seed}: analytic organs and lesions, no real
-person's data. Voxels are Hounsfield units (int16). They teach and test a method; they say nothing about clinical use.
+person's data. Voxels are Hounsfield units (int16). They serve to develop and test a method, not for clinical use.
 
 Questions: {rows}. Splits are by patient. Within a split, each question text has each
-answer equally often, so that the blind baseline (the best answer from the text alone, fitted on train, scored on test)
+answer equally often, so that the blind baseline (the best answer from the text, fitted on train, scored on test)
 is chance:
 
 {report}

@@ -1,13 +1,14 @@
-"""A synthetic patient: what varies, the lesions, and one or two scans with their facts.
+"""A synthetic patient: its settings, its lesions, and one or two scans with their facts.
 
     image, organs, lesions, facts = make_patient(seed=3, patient=7)
 
-Each patient and purpose has its own random stream: a seed means the same voxels, whatever the order or the workers.
+Each patient and purpose has a separate random stream, so that a seed gives the same voxels in any order and with any
+number of workers.
 """
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,23 +23,30 @@ PRESETS = {  # in-plane spacing, slice spacing (mm, ranges) and noise (HU, range
 CHANGES = ("grown", "shrunk", "unchanged", "new")
 
 
+def setting(default, help):
+    """A dataclass field with a help text, which `phantoms.py --help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class PhantomConfig:
-    """What varies from patient to patient; lengths in mm, attenuation in HU. Each field is a command-line flag too."""
+    """What varies from patient to patient. Each field is also an option of `phantoms.py`."""
 
-    size: str = "small"  # voxel preset: small (4-6 mm) or full (1-2 mm in plane, 1.5-3 mm slices)
-    lesion_probability: float = 0.5  # of each of the six organs
-    max_lesions: int = 3  # in the liver and in each lung; the other organs have at most one
-    diameters: tuple[float, ...] = (15.0, 20.0, 25.0, 30.0, 35.0)  # the answers of the size questions
-    diameter_jitter: float = 1.5  # a diameter is at most this far from its class, so that rounding is never in doubt
-    contrast: tuple[float, ...] = (55.0, 95.0)  # between a solid lesion and its organ, either sign
-    ground_glass: float = 0.5  # share of the lung nodules that are ground glass; the others are solid
-    follow_up: float = 0.4  # share of patients with a second scan
-    growth: float = 1.4  # smallest ratio between the diameters' classes of a lesion that has grown or shrunk
-    limited_fov: float = 0.5  # share of the other patients whose field of view leaves organs out
-    roll: float = 6.0  # largest turn about the long axis, degrees
-    tilt: float = 3.0  # largest turn about each of the other two axes, degrees
-    orientations: tuple[str, ...] = ("LPS", "RAS", "LAI", "RAI", "LAS", "PSR", "SLP", "ILA")  # positive directions
+    size: str = setting("small", "voxels: small (4-6 mm) or full (1-2 mm in plane, 1.5-3 mm slices)")
+    lesion_probability: float = setting(0.5, "of each of the six organs")
+    max_lesions: int = setting(3, "in the liver and in each lung; the other organs have at most one")
+    diameters: tuple[float, ...] = setting((15.0, 20.0, 25.0, 30.0, 35.0), "classes of the size questions, mm")
+    diameter_jitter: float = setting(1.5, "largest distance of a diameter from its class, mm")
+    contrast: tuple[float, ...] = setting((55.0, 95.0), "between a solid lesion and its organ, either sign, HU")
+    ground_glass: float = setting(0.5, "share of lung nodules that are ground glass; the others are solid")
+    follow_up: float = setting(0.4, "share of patients with a second scan")
+    growth: float = setting(1.4, "smallest ratio between the classes of a lesion that has grown or shrunk")
+    limited_fov: float = setting(0.5, "share of the other patients whose field of view leaves organs out")
+    roll: float = setting(6.0, "largest turn about the long axis, degrees")
+    tilt: float = setting(3.0, "largest turn about each of the other two axes, degrees")
+    orientations: tuple[str, ...] = setting(
+        ("LPS", "RAS", "LAI", "RAI", "LAS", "PSR", "SLP", "ILA"), "positive directions of the stored axes"
+    )
 
     def __post_init__(self):
         if self.size not in PRESETS:
@@ -85,10 +93,10 @@ def stream(seed, *purpose):
 
 
 class Phantom:
-    """Anatomy, lesions and one or two scans of patient number `patient` of seed `seed`; nothing is drawn twice.
+    """Anatomy, lesions and one or two scans of patient number `patient` of seed `seed`.
 
     Args:
-        seed, patient: name the patient; each pair has its own independent random streams.
+        seed, patient: name the patient; each pair has independent random streams.
         config: what varies.
         fov: "full" or one of LIMITED_FOVS, for the first scan; drawn where None.
     """
@@ -101,7 +109,7 @@ class Phantom:
             raise ValueError(f"fov is {fov!r}; choose full, {', '.join(LIMITED_FOVS)}")
         rng = self._rng(0)
         self.scans = 2 if rng.random() < self.config.follow_up else 1
-        limited = rng.random() < self.config.limited_fov and self.scans == 1  # a comparison needs both scans whole
+        limited = rng.random() < self.config.limited_fov and self.scans == 1  # a comparison needs two complete scans
         drawn = LIMITED_FOVS[rng.integers(len(LIMITED_FOVS))] if limited else "full"
         self.fovs = [fov or drawn, "full"]
         self.anatomy = Anatomy(self._rng(1))
@@ -148,7 +156,8 @@ class Phantom:
         return "metastasis", "hypodense", round(float(self.anatomy.hu[organ] - contrast))
 
     def _place(self, rng, organ, radius, lesions):
-        """A centre whose ball lies in the organ (from a kidney it may bulge), clear of others; None without room."""
+        """A centre whose ball lies in the organ and clear of other lesions; `None` where there is no room. In a kidney
+        the ball may bulge out."""
         points, depth = self.anatomy.lattice[organ]
         free = depth < -(radius + 2)
         if "kidney" in organ:  # in the cortex; a large one bulges
@@ -199,7 +208,7 @@ class Phantom:
         return codes[self._rng(4, scan).integers(len(codes))]
 
     def render(self, scan=0, orientation=None):
-        """Paint one scan.
+        """One scan, painted.
 
         Args:
             scan: 0, or 1 for the second scan of a patient with two.
@@ -216,14 +225,14 @@ class Phantom:
         canvas = Canvas(grid)
         paint_frame(canvas, self.anatomy)
         paint_organs(canvas, self.anatomy)
-        seen = [lesion for lesion in self.lesions if lesion.diameters[scan]]
-        for label, lesion in enumerate(seen, 1):
+        present = [lesion for lesion in self.lesions if lesion.diameters[scan]]
+        for label, lesion in enumerate(present, 1):
             self._paint_lesion(canvas, lesion, scan, label)
         rng = self._rng(5, scan)
         canvas.add_noise(rng, rng.uniform(*PRESETS[self.config.size][2]))
         voxels = np.rint(np.clip(canvas.hu, -1024, 3071)).astype(np.int16)
         images = [store(array, grid, code) for array in (voxels, canvas.organs, canvas.lesions)]
-        facts = self._facts(scan, code, grid, canvas, seen)
+        facts = self._facts(scan, code, grid, canvas, present)
         return *images, facts
 
     def _paint_lesion(self, canvas, lesion, scan, label):
@@ -235,7 +244,7 @@ class Phantom:
         if region is not None:
             canvas.lesions[region[0]][lesion.distance(region[1], scan) < 0] = label
 
-    def _facts(self, scan, code, grid, canvas, seen):
+    def _facts(self, scan, code, grid, canvas, present):
         voxel = math.prod(grid.spacing) / 1000
         counts = np.bincount(canvas.organs.ravel(), minlength=len(LABELS) + 1)
         rim = np.concatenate([canvas.organs.take((0, -1), axis).ravel() for axis in range(3)])
@@ -246,7 +255,7 @@ class Phantom:
         for name, (points, _) in self.anatomy.lattice.items():
             organs[name]["coverage"] = round(float(grid.holds(grid.to_world(points)).mean()), 4)
         lesions = []
-        for label, lesion in enumerate(seen, 1):
+        for label, lesion in enumerate(present, 1):
             world, diameter = grid.to_world(np.array([lesion.center]))[0], lesion.diameters[scan]
             lesions.append({
                 "label": label, "organ": lesion.organ, "kind": lesion.kind, "attenuation": lesion.attenuation,

@@ -1,6 +1,7 @@
-"""Questions about phantoms that no reader can answer without looking.
+"""Questions about phantoms that cannot be answered without the scan.
 
-The blind baseline (best answer from the text alone) is chance: each question text gets each answer equally often.
+Within a split each question text has each of its answers equally often, so that the blind baseline (the best answer
+from the text) is chance.
 """
 
 import itertools
@@ -35,21 +36,21 @@ QUESTIONS = {
 
 
 def scan_questions(facts, config):
-    """(task, key, answer) of everything that one scan can be asked without doubt about the answer."""
+    """Yields (task, key, answer) of each question about one scan whose answer is certain."""
     coverage = {name: facts["organs"][name]["coverage"] for name in FOV_ORGANS}
-    whole = {name for name, share in coverage.items() if share == 1 and not facts["organs"][name]["touches_edge"]}
+    complete = {name for name, share in coverage.items() if share == 1 and not facts["organs"][name]["touches_edge"]}
     found = defaultdict(list)
     for lesion in facts["lesions"]:
         found[lesion["organ"]].append(lesion)
-    for name in FOV_ORGANS:  # an organ that is cut through is neither in nor out: it is not asked about
-        if name in whole or (coverage[name] == 0 and facts["organs"][name]["volume_ml"] == 0):
-            yield "fov", name, "no" if name in whole else "yes"
+    for name in FOV_ORGANS:  # no question about an organ that the field of view cuts through
+        if name in complete or (coverage[name] == 0 and facts["organs"][name]["volume_ml"] == 0):
+            yield "fov", name, "no" if name in complete else "yes"
     for name in LESION_ORGANS:
-        if name in whole:
+        if name in complete:
             yield "presence", name, "yes" if found[name] else "no"
-        if name in whole and name in COUNT_ORGANS:
+        if name in complete and name in COUNT_ORGANS:
             yield "count", name, str(len(found[name]))
-        if name in whole and len(found[name]) == 1:
+        if name in complete and len(found[name]) == 1:
             diameter = found[name][0]["diameter_mm"]
             nearest = min(config.diameters, key=lambda d, wanted=diameter: abs(d - wanted))
             if abs(nearest - diameter) <= config.diameter_jitter:
@@ -59,16 +60,16 @@ def scan_questions(facts, config):
                 yield "attenuation", name, found[name][0]["attenuation"]
     for pair in ("kidney", "lung"):
         sides = [side for side in ("left", "right") if found[f"{side} {pair}"]]
-        if len(sides) == 1 and {f"left {pair}", f"right {pair}"} <= whole:
+        if len(sides) == 1 and {f"left {pair}", f"right {pair}"} <= complete:
             yield "side", pair, sides[0]
     ranked = sorted(facts["lesions"], key=lambda lesion: -lesion["diameter_mm"])
-    if ranked and set(LESION_ORGANS) <= whole:
+    if ranked and set(LESION_ORGANS) <= complete:
         if len(ranked) == 1 or ranked[0]["diameter_mm"] - ranked[1]["diameter_mm"] >= 4:
             yield "largest", "", ranked[0]["organ"].split()[-1]
 
 
 def comparisons(first, second):
-    """(task, key, answer) of a pair of scans: each organ that has one lesion on the second scan."""
+    """Yields (task, key, answer) of a pair of scans, for each organ with exactly one lesion on the second scan."""
     for lesion in second["lesions"]:
         if sum(other["organ"] == lesion["organ"] for other in second["lesions"]) == 1:
             before, now = lesion["previous_mm"], lesion["diameter_mm"]
@@ -77,7 +78,7 @@ def comparisons(first, second):
 
 
 def patient_questions(folder, scans, split, config):
-    """Rows without text of one patient; `scans` are the facts of its scans, `folder` where their files lie."""
+    """Yields one patient's rows, still without text. scans: facts of its scans; folder: of their files."""
     patient = f"p{scans[0]['patient']:05d}"
     asked = [((facts["scan"],), entry) for facts in scans for entry in scan_questions(facts, config)]
     asked += [((0, 1), entry) for entry in comparisons(*scans)] if len(scans) == 2 else []
@@ -89,12 +90,12 @@ def patient_questions(folder, scans, split, config):
 
 
 def evidence(key):
-    """Labels of the organs that a question's key names: one organ, a pair's two, or without a key all with lesions."""
+    """Labels of the organs that a question's key names: one organ, both of a pair, or without a key all six."""
     return [LABELS[name] for name in (LESION_ORGANS if key in ("", "kidney", "lung") else (key,)) if key in name]
 
 
 def write_questions(candidates, seed, config):
-    """Balance and word the questions: within a split, each text gets each of its answers equally often.
+    """Rows with text, balanced: within a split each text has each of its answers equally often.
 
     Args:
         candidates: rows of `patient_questions`, of all patients.
@@ -136,18 +137,18 @@ def _word(row, i, options, answers, config):
 
 
 def blind_baseline(train, test):
-    """Best answer from the text alone, fitted on train, scored on test.
+    """Accuracy of the best answer from the text, fitted on train, scored on test.
 
     Returns:
         {task: (rows in train, rows in test, chance, accuracy)}; accuracy is nan for a task without test rows.
     """
-    seen, overall, table = defaultdict(Counter), defaultdict(Counter), {}
+    by_text, overall, table = defaultdict(Counter), defaultdict(Counter), {}
     for row in train:
-        seen[row["task"], question_text(row)][row["answer"]] += 1
+        by_text[row["task"], question_text(row)][row["answer"]] += 1
         overall[row["task"]][row["answer"]] += 1
     for task in ANSWERS:
         rows = [row for row in test if row["task"] == task]
-        guesses = [seen.get((task, question_text(row))) or overall[task] for row in rows]
+        guesses = [by_text.get((task, question_text(row))) or overall[task] for row in rows]
         hits = sum(bool(g) and g.most_common(1)[0][0] == row["answer"] for g, row in zip(guesses, rows, strict=True))
         chance = 1 / max(len({row["answer"] for row in rows}), 1)
         table[task] = (sum(overall[task].values()), len(rows), chance, hits / len(rows) if rows else math.nan)
