@@ -20,8 +20,9 @@ import torch
 from scheduler import operations
 
 from common import ROOT, arguments, interleaved, report
-from evaluate_hf import Scans, VolumeModel  # noqa: E402
 from photon.configuration_photon import PhotonConfig
+from photon.evaluation.encoded_scans import EncodedScans
+from photon.evaluation.models import VolumeModel
 from photon.loading import build_processor  # noqa: E402
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.phantoms import dataset as phantoms
@@ -119,7 +120,7 @@ def main():
             return [text for row in rows for text in model.answer([row], [model.encode(read())])]
 
         def grouped():
-            return model.answer(rows, Scans(model, [group]).take(group))
+            return model.answer(rows, EncodedScans(model, [group]).take(group))
 
         differ = sum(a["prediction"] != b["prediction"] for a, b in zip(one_by_one(), grouped(), strict=True))
         seconds = interleaved({"read": read, "one by one": one_by_one, "grouped": grouped}, device, options.repeats)

@@ -2,9 +2,9 @@
 
     python benchmarks/selection.py --model DIR --data QUESTIONS.jsonl --json benchmarks/results/selection.json
 
-For each `scheduler_layer` and `saliency` the same weights are loaded, and the share of most salient visual tokens is
-given (`keep_ratio`), so that a learnt threshold plays no part. At 0 all visual tokens are withdrawn after the layer:
-what is still answered then, the question had read before the cut. `all` keeps every token.
+For each `scheduler_layer` and `saliency` the same weights are loaded. The share of most salient visual tokens is given
+(`keep_ratio`), so a learnt threshold plays no part. At 0 all visual tokens are withdrawn after the layer: what is
+still answered then, the question read before the cut. `all` keeps every token.
 """
 
 import sys
@@ -17,19 +17,21 @@ from common import ROOT, arguments, report
 
 sys.path.insert(0, str(ROOT))
 
-from evaluate_hf import Scans, VolumeModel, batches, grouped  # noqa: E402
-from photon.evaluation.questions import load_benchmark  # noqa: E402
+from photon.evaluation.dealing import batches, grouped
+from photon.evaluation.encoded_scans import EncodedScans
+from photon.evaluation.models import VolumeModel
+from photon.evaluation.questions import load_benchmark
 
 SETTINGS = [(layer, saliency) for layer in (-1, 0, 1) for saliency in ("attention", "logits")]
 SHARES = (0.4, 0.2, 0.1, 0.04, 0.0)
 
 
 def load(source, layer, saliency, cache_dir):
-    own = {"trust_remote_code": True}
-    config = AutoConfig.from_pretrained(source, **own)
+    options = {"trust_remote_code": True}
+    config = AutoConfig.from_pretrained(source, **options)
     config = type(config).from_dict(config.to_dict() | {"scheduler_layer": layer, "saliency": saliency})
-    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=torch.float32, **own).eval()
-    return VolumeModel(AutoProcessor.from_pretrained(source, **own), model, 6, cache_dir=cache_dir)
+    model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=torch.float32, **options).eval()
+    return VolumeModel(AutoProcessor.from_pretrained(source, **options), model, 6, cache_dir=cache_dir)
 
 
 def main():
@@ -44,16 +46,16 @@ def main():
     rows = load_benchmark("jsonl", options.data, limit=options.limit)
     models = {setting: load(options.model, *setting, options.cache_dir) for setting in SETTINGS}
     first, groups = next(iter(models.values())), grouped(rows)
-    scans, hits = Scans(first, list(groups)), {}
+    scans, hits = EncodedScans(first, list(groups)), {}
     for key, asked in tqdm(groups.items(), unit="scan"):
-        seen = scans.take(key)
+        encoded = scans.take(key)
         for batch in batches(asked, 16, by_letter=False):
             for setting, model in models.items():
                 for share in (*SHARES, None) if model is first else SHARES:
                     model.options = {"use_scheduler": False} if share is None else {"keep_ratio": share}
                     name = ("all", "", 1.0) if share is None else (*setting, share)
-                    said = [answer["prediction"].casefold() for answer in model.answer(batch, seen)]
-                    right = [text == row["answer"].casefold() for text, row in zip(said, batch, strict=True)]
+                    answers = [answer["prediction"].casefold() for answer in model.answer(batch, encoded)]
+                    right = [text == row["answer"].casefold() for text, row in zip(answers, batch, strict=True)]
                     hits.setdefault(name, []).extend(right)
     table = [
         {

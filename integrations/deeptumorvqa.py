@@ -2,14 +2,15 @@
 
     pip install git+https://github.com/Schuture/DeepTumorVQA
     PYTHONPATH=. deeptumorvqa-eval --backend custom --custom-module integrations.deeptumorvqa --model . \\
-        --mode vqa --input 3d_volume --format mc --data-dir DeepTumorVQA_2.0 --output photon.json
+        --mode vqa --input 3d_volume --format mc --data-dir DeepTumorVQA_2.0 --output photon.json --label Photon
 
 The evaluator imports `--custom-module` by its dotted name, so the command runs with this repository on PYTHONPATH. It
-asks one question at a time, in the order of its file; a scan is read and encoded anew only when it changes.
+asks one question at a time, in the order of its file; a scan is read and encoded again only when it changes. `--label`
+is the name in its leaderboard; without it the name is the last part of `--model`, which is empty for ".".
 
-Its scorer takes the first character of an answer as the choice where that is one of A to D ("Answer: C" counts as A),
-and else the first such letter that stands alone ("A CT was expected" counts as A). So a choice question is answered
-with a bare letter, the likeliest of those in the prompt; and a scan that is refused or absent gives the empty string,
+Its scorer takes the first character of an answer as the choice where that is one of A to D ("Answer: C" counts as A).
+Otherwise it takes the first such letter that stands alone ("It is B" counts as B). So a choice question is answered
+with a bare letter, the likeliest of those in the prompt. A scan that is refused or absent gives the empty string,
 which is wrong in either format, and a line on stderr with the fault's code.
 """
 
@@ -19,7 +20,7 @@ import sys
 
 from deeptumorvqa.eval.vqa_evaluator import HFVLMEvaluator
 
-from evaluate_hf import Refused, VolumeModel, load_model
+from photon.evaluation.models import Refused, VolumeModel, load_model
 from photon.loading import usable_device
 
 OPTION = re.compile(r"(?<![\w-])([A-D])[:.)](?=\s)")

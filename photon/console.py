@@ -7,6 +7,9 @@ from contextlib import contextmanager
 import torch
 from transformers.utils import logging
 
+from photon.rows import RowError
+from photon.run_folder import RunError
+
 
 def print_warning(message, *where):
     """Prints a warning as one line without the source file (a `warnings.showwarning`)."""
@@ -14,14 +17,25 @@ def print_warning(message, *where):
 
 
 @contextmanager
-def one_line_faults():
-    """Turns a fault of the input or of the machine into one line and exit code 2, around a command's body."""
+def one_line_faults(out_of_memory="Out of memory."):
+    """Turns a fault of the input or of the machine into one line and exit code 2, around a command's body.
+
+    A list of faults (`RowError`, `RunError`) keeps its lines. out_of_memory: the line for a GPU that is full.
+    """
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = print_warning
             yield
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(" ".join(str(error).split()) or "Out of memory.", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (RowError, RunError) as error:
+        raise _exit(str(error)) from None
+    except torch.OutOfMemoryError:
+        raise _exit(out_of_memory) from None
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        raise _exit(" ".join(str(error).split()) or "Out of memory.") from None
+
+
+def _exit(text):
+    print(text, file=sys.stderr)
+    return SystemExit(2)

@@ -6,82 +6,50 @@
 
 Each `--run` is a condition and its run folders, one a seed. Accuracies are shares of questions answered as written,
 averaged over seeds; "mean" is the mean over tasks. Intervals are 95 % percentiles of 2,000 draws of patients with
-replacement. "blind" is the best answer that the question alone allows, learnt on the training questions.
+replacement. "blind" is the commonest training answer to the same question.
 """
 
 import argparse
 import json
 import os
 import platform
-from collections import Counter, defaultdict
+import sys
+from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from photon.evaluation.baselines import commonest_answers
+from photon.evaluation.measures import Scored, same_answer
+from photon.evaluation.predictions import PREDICTIONS, read_records
+from photon.evaluation.questions import load_benchmark
+from photon.evaluation.resampling import Sums
+
 DRAWS = 2000
 TASKS = ("presence", "side", "fov", "attenuation", "count", "largest", "size_choice", "size_open", "comparison")
 
 
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def blind_hits(rows, train):
-    """1 where an answer from the question alone is right: the commonest one in training to the same words, or of the
-    task where these words never stood in training."""
-    answers = defaultdict(Counter)
-    for row in train:
-        for key in (asked(row), row["task"]):
-            answers[key][row["answer"]] += 1
-    known = (answers.get(asked(row)) or answers[row["task"]] for row in rows)
-    return np.array(
-        [found.most_common(1)[0][0] == row["answer"] for found, row in zip(known, rows, strict=True)], float
-    )
-
-
-def asked(row):
-    return row["task"], row["messages"][0]["content"][-1]["text"]
-
-
 def hits_of(rows, folder):
     """(hits, kept shares or nan) of a run's predictions, in the order of the rows."""
-    found = {line["id"]: line for line in read_lines(Path(folder) / "predictions.jsonl")}
-    absent = sum(row["id"] not in found for row in rows)
-    if absent:
-        raise SystemExit(f"{folder}: {absent} of {len(rows)} questions are not answered yet.")
-    lines = [found[row["id"]] for row in rows]
-    hits = [a["prediction"].strip().casefold() == r["answer"].casefold() for a, r in zip(lines, rows, strict=True)]
-    return np.array(hits, float), np.array([np.nan if a.get("kept") is None else a["kept"] for a in lines])
+    records = read_records(Path(folder) / PREDICTIONS, rows)
+    records = [records[row["id"]] for row in rows]
+    hits = [same_answer(record["prediction"], row["answer"]) for record, row in zip(records, rows, strict=True)]
+    return np.array(hits, float), np.array([np.nan if r.get("kept") is None else r["kept"] for r in records])
 
 
-class Bootstrap:
-    """Figures over draws of patients: all are sums over questions, so a draw is a vector of weights."""
-
-    def __init__(self, rows, seed=0):
-        patients = sorted({row["patient"] for row in rows})
-        place = {patient: i for i, patient in enumerate(patients)}
-        self.patient = np.array([place[row["patient"]] for row in rows])
-        chance = np.random.default_rng(seed)
-        counts = chance.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), DRAWS)
-        self.weights = np.vstack([np.ones(len(patients)), counts])  # the first is the sample itself
-        self.task = np.array([row["task"] for row in rows])
-        self.count = len(patients)
-
-    def ratio(self, values, chosen):
-        sums, sizes = (np.zeros(self.count) for _ in range(2))
-        np.add.at(sums, self.patient[chosen], values[chosen])
-        np.add.at(sizes, self.patient[chosen], 1)
-        return (self.weights @ sums) / (self.weights @ sizes)  # (1 + draws,)
-
-    def figures(self, values):
-        """{task or "mean": [value, low, high]} in per cent."""
-        by_task = {task: self.ratio(values, self.task == task) for task in TASKS if (self.task == task).any()}
-        by_task["mean"] = np.mean(list(by_task.values()), axis=0)
-        return {
-            task: [round(100 * float(x), 2) for x in (drawn[0], *np.nanpercentile(drawn[1:], [2.5, 97.5]))]
-            for task, drawn in by_task.items()
-        }
+def figures(rows, hits):
+    """{task or "mean": [value, low, high]} in per cent."""
+    measure = Scored(hits)
+    sums = Sums([{**row, "subtask": row["task"]} for row in rows], measure.parts, DRAWS, seed=0)
+    by_task = sums.by_subtask(measure.subtask_figures)
+    found = {task: by_task[task]["score"] for task in TASKS if task in by_task}
+    found["mean"] = sums.figures(measure.figures)["score_macro"]
+    return {
+        task: [round(100 * figure[bound], 2) for bound in ("value", "low", "high")] for task, figure in found.items()
+    }
 
 
 def histogram(rows, kept, path):
@@ -150,11 +118,10 @@ def main(argv=None):
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="kept.png of the first run, phases.png")
     parser.add_argument("--state", type=Path, metavar="FILE", help="trainer_state.json of the training for phases.png")
     args = parser.parse_args(argv)
-    rows = read_lines(args.data)
-    bootstrap, table = Bootstrap(rows), []
-    table.append(
-        {"run": "blind", "seeds": 1, "kept": None, **bootstrap.figures(blind_hits(rows, read_lines(args.train)))}
-    )
+    rows, train = (load_benchmark("jsonl", source) for source in (args.data, args.train))
+    blind = commonest_answers(rows, train)
+    hits = [same_answer(answer, row["answer"]) for answer, row in zip(blind, rows, strict=True)]
+    table = [{"run": "blind", "seeds": 1, "kept": None, **figures(rows, hits)}]
     first_kept = None
     for run in args.run:
         name, _, folders = run.partition("=")
@@ -163,11 +130,11 @@ def main(argv=None):
         if first_kept is None:
             first_kept = results[0][1]
         share = None if np.isnan(kept).all() else round(100 * float(np.nanmean(kept)), 2)
-        each = [bootstrap.figures(h)["mean"][0] for h, _ in results]
-        table.append({"run": name, "seeds": len(results), "kept": share, "mean_by_seed": each,
-                      **bootstrap.figures(hits)})  # fmt: skip
+        each = [figures(rows, h)["mean"][0] for h, _ in results]
+        table.append({"run": name, "seeds": len(results), "kept": share, "mean_by_seed": each, **figures(rows, hits)})
     names = [name for name in (*TASKS, "mean") if name in table[0]]
-    print(f"{len(rows)} questions, {bootstrap.count} patients; per cent, 95 % interval over patients\n")
+    patients = len({row["patient"] for row in rows})
+    print(f"{len(rows)} questions, {patients} patients; per cent, 95 % interval over patients\n")
     print("| | kept | " + " | ".join(names) + " |\n|---|---|" + "---|" * len(names))
     for line in table:
         cells = [f"{line[n][0]:.1f} ({line[n][1]:.1f} to {line[n][2]:.1f})" for n in names]
@@ -182,7 +149,7 @@ def main(argv=None):
             "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
             "date": date.today().isoformat(),
             "questions": len(rows),
-            "patients": bootstrap.count,
+            "patients": patients,
             "rows": table,
             "ratios": ratios,
         }

@@ -1,18 +1,21 @@
 """Benchmarks to rows: what is in the files is in the rows, and what is wrong with them is named by line."""
 
 import csv
-import importlib
 import json
-import os
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data")) / "3d_rad"
+import conftest
+from photon.evaluation import questions
+from photon.evaluation.row import inline_options
+from photon.evaluation.scans import missing_volumes, patient_of
+from photon.rows import RowError
+from photon.training.data import load_rows
+
+DATA = conftest.DATA / "3d_rad"
 COLUMNS = (
     "Task,Subtask,VolumeName,Question,Answer,QuestionType,AnswerChoice,Choice A,Choice B,Choice C,Choice D".split(",")
 )
@@ -25,17 +28,6 @@ SIZE = dict.fromkeys(COLUMNS, "-") | {
     "Task": "3", "Subtask": "2", "VolumeName": "test_7_a_2.nii.gz", "Question": 'How large, "in mm"?',
     "Answer": "30x13 mm", "QuestionType": "Open",
 }  # fmt: skip
-
-
-def load(name):
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module(name)
-
-
-@pytest.fixture(scope="module")
-def module():
-    return load("photon.evaluation.questions")
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +57,9 @@ def touch(path):
     return str(path)
 
 
-def faults(module, name, source, **options):
-    with pytest.raises(module.BenchmarkError) as caught:
-        module.load_benchmark(name, source, **options)
+def faults(name, source, **options):
+    with pytest.raises(RowError) as caught:
+        questions.load_benchmark(name, source, **options)
     return str(caught.value)
 
 
@@ -75,13 +67,13 @@ def faults(module, name, source, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*stand in the files more than once")
-def test_3d_rad_holds_every_question_of_its_files(module, tmp_path):
+def test_3d_rad_holds_every_question_of_its_files(tmp_path):
     if not DATA.is_dir():
         pytest.skip("3D-RAD questions are not here; set PHOTON_TEST_DATA to a folder with 3d_rad")
-    rows = module.load_benchmark("3d-rad", DATA, volumes=tmp_path)
+    rows = questions.load_benchmark("3d-rad", DATA, volumes=tmp_path)
     assert len({row["id"] for row in rows}) == len(rows)
     places = {(row["subtask"], row["task"], int(row["id"][-5:])): row for row in rows}
-    names = dict(zip("123456", module.BENCHMARKS["3d-rad"].tasks, strict=True))
+    names = dict(zip("123456", questions.BENCHMARKS["3d-rad"].tasks, strict=True))
     count = 0
     for file in DATA.glob("*/*.csv"):
         with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -108,52 +100,52 @@ def test_3d_rad_holds_every_question_of_its_files(module, tmp_path):
                 count += 1
     assert count == len(rows) == 1582 and len({(row["task"], row["subtask"]) for row in rows}) == 41
     scans = {Path(row["volumes"][0]).name for row in rows}
-    assert len(module.missing_volumes(rows)) == len(scans) == 232
+    assert len(missing_volumes(rows)) == len(scans) == 232
 
 
 @pytest.mark.filterwarnings("ignore:.*stand in the files more than once")
-def test_rows_are_rows_of_the_training_format(module, tmp_path):
+def test_rows_are_rows_of_the_training_format(tmp_path):
     """Written as JSONL they load for training, and as a benchmark of their own they are the same questions."""
     if not DATA.is_dir():
         pytest.skip("3D-RAD questions are not here; set PHOTON_TEST_DATA to a folder with 3d_rad")
-    rows = module.load_benchmark("3d-rad", DATA, volumes=tmp_path, tasks=["existence", "Medical Computation"])
+    rows = questions.load_benchmark("3d-rad", DATA, volumes=tmp_path, tasks=["existence", "Medical Computation"])
     assert Counter(row["task"] for row in rows) == {"existence": 720, "medical-computation": 120}
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    trained = load("photon.training.data").load_rows(file)
+    trained = load_rows(file)
     assert [row["answer"] for row in trained] == [row["answer"] for row in rows]
     assert [row["volumes"][0]["path"] for row in trained] == [row["volumes"][0] for row in rows]
-    again = module.load_benchmark("jsonl", file)
+    again = questions.load_benchmark("jsonl", file)
     assert again == [{**row, "benchmark": "jsonl"} for row in rows]
 
 
-def test_scans_are_found_by_name_at_any_depth(module, tmp_path):
-    questions = rad(tmp_path / "q", NODULE, NODULE | {"VolumeName": "test_3_a_1.nii.gz"})
-    rad(questions, SIZE, task="Task3_Medical_Computation", name="Size")
+def test_scans_are_found_by_name_at_any_depth(tmp_path):
+    files = rad(tmp_path / "q", NODULE, NODULE | {"VolumeName": "test_3_a_1.nii.gz"})
+    rad(files, SIZE, task="Task3_Medical_Computation", name="Size")
     nested = touch(tmp_path / "v" / "dataset" / "valid_fixed" / "valid_12" / "valid_12_b" / "valid_12_b_1.nii.gz")
     flat = touch(tmp_path / "v" / "test_7_a_2.nii.gz")  # by its own name
     touch(tmp_path / "v" / "valid_7_a_2.npy")  # no scan
     touch(tmp_path / "v" / "valid_3_a_1.json")
-    rows = module.load_benchmark("3d-rad", questions, volumes=tmp_path / "v")
+    rows = questions.load_benchmark("3d-rad", files, volumes=tmp_path / "v")
     assert [row["volumes"] for row in rows] == [
         [flat],
         [nested],
         [str(tmp_path / "v/valid_3/valid_3_a/valid_3_a_1.nii.gz")],
     ]
-    assert module.missing_volumes(rows) == rows[2]["volumes"]
-    report = module.missing_report(rows, "3d-rad")
+    assert missing_volumes(rows) == rows[2]["volumes"]
+    report = questions.missing_report(rows, "3d-rad")
     assert report.startswith("1 of 3 scans are missing: 3.\n") and "valid_3_a" not in report
     for part in ("ibrahimhamamci/CT-RATE", "CC BY-NC-SA", "MIT", "hf download"):
         assert part in report
-    assert module.missing_report(rows[:2], "3d-rad") == ""
+    assert questions.missing_report(rows[:2], "3d-rad") == ""
     touch(tmp_path / "v" / "dataset" / "valid" / "valid_12_b_1.nii.gz")
-    message = faults(module, "3d-rad", questions, volumes=tmp_path / "v")
+    message = faults("3d-rad", files, volumes=tmp_path / "v")
     assert "Lung nodule.csv line 2: its scan is in 2 places" in message and "valid_12" not in message
 
 
-def test_missing_scans_are_listed_by_number(module):
-    assert module._ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
-    assert module._ranges(list(range(1, 200, 2))).endswith("... and 60 more ranges")
+def test_missing_scans_are_listed_by_number():
+    assert questions.ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
+    assert questions.ranges(list(range(1, 200, 2))).endswith("... and 60 more ranges")
 
 
 BAD = {
@@ -170,77 +162,75 @@ BAD = {
 
 
 @pytest.mark.parametrize("expected", BAD)
-def test_faulty_questions_are_named_by_line(module, tmp_path, expected):
+def test_faulty_questions_are_named_by_line(tmp_path, expected):
     long = NODULE | {"Question": "Two\nlines?"}  # the faulty record is the third, on line 5
     rad(tmp_path, NODULE, long, NODULE | BAD[expected], NODULE | {"VolumeName": "test_9_a_1.nii.gz"})
-    message = faults(module, "3d-rad", tmp_path)
+    message = faults("3d-rad", tmp_path)
     assert "Task4_Existence_Detection/Lung nodule.csv line 5: " in message and expected in message
     assert message.startswith("1 faulty questions") and "test_12" not in message
     with pytest.warns(UserWarning, match="1 questions of 3d-rad were left out:\n.*line 5"):
-        rows = module.load_benchmark("3d-rad", tmp_path, faults="leave-out")
+        rows = questions.load_benchmark("3d-rad", tmp_path, faults="leave-out")
     assert [row["id"][-5:] for row in rows] == ["00001", "00002", "00004"]  # numbers do not move
 
 
-def test_faulty_files_are_named(module, tmp_path):
+def test_faulty_files_are_named(tmp_path):
     file = write_csv(
         tmp_path / "a" / "Task4_x" / "Lung nodule.csv", [{k: v for k, v in NODULE.items() if k != "Choice B"}]
     )
-    assert "Lung nodule.csv line 1: no column Choice B; there are" in faults(module, "3d-rad", tmp_path / "a")
+    assert "Lung nodule.csv line 1: no column Choice B; there are" in faults("3d-rad", tmp_path / "a")
     file.write_text(",".join(COLUMNS) + "\n4,1,test_1_a_1.nii.gz,Unquoted, comma?,No,Close,B,Yes,No,-,-\n4,1\n")
-    message = faults(module, "3d-rad", tmp_path / "a")
+    message = faults("3d-rad", tmp_path / "a")
     assert "line 2: its fields are not as many as the 11 columns" in message and "line 3: its fields" in message
     file.write_bytes(",".join(COLUMNS).encode() + b"\n\xff\xfe\n")
-    assert "not UTF-8" in faults(module, "3d-rad", tmp_path / "a")
+    assert "not UTF-8" in faults("3d-rad", tmp_path / "a")
     rad(tmp_path / "b", task="Task7_Other")
-    assert "Task7_Other is no task of 3D-RAD" in faults(module, "3d-rad", tmp_path / "b")
+    assert "Task7_Other is no task of 3D-RAD" in faults("3d-rad", tmp_path / "b")
     (tmp_path / "empty").mkdir()
-    message = faults(module, "3d-rad", tmp_path / "empty")
+    message = faults("3d-rad", tmp_path / "empty")
     assert "no Task*_*/*.csv" in message and "Tang-xiaoxiao/3D-RAD" in message
     rad(rad(tmp_path / "c" / "one").parent / "two")
-    assert "existence Lung nodule is there twice" in faults(module, "3d-rad", tmp_path / "c")
+    assert "existence Lung nodule is there twice" in faults("3d-rad", tmp_path / "c")
 
 
-def test_unknown_names_are_refused(module, tmp_path):
+def test_unknown_names_are_refused(tmp_path):
     rad(tmp_path)
-    assert "known are 3d-rad, deeptumorvqa-1-mc" in faults(module, "3drad", tmp_path)
-    assert "has no task existance; known: image-observation" in faults(module, "3d-rad", tmp_path, tasks=["existance"])
-    assert "no question of static-temporal" in faults(
-        module, "3d-rad", tmp_path, tasks=["existence", "static-temporal"]
-    )
-    assert "has no split 'dev'" in faults(module, "3d-rad", tmp_path, split="dev")
-    assert "revision is for a Hub id" in faults(module, "3d-rad", tmp_path, revision="main")
+    assert "known are 3d-rad, deeptumorvqa-1-mc" in faults("3drad", tmp_path)
+    assert "has no task existance; known: image-observation" in faults("3d-rad", tmp_path, tasks=["existance"])
+    assert "no question of static-temporal" in faults("3d-rad", tmp_path, tasks=["existence", "static-temporal"])
+    assert "has no split 'dev'" in faults("3d-rad", tmp_path, split="dev")
+    assert "revision is for a Hub id" in faults("3d-rad", tmp_path, revision="main")
     with pytest.raises(ValueError, match="limit=0"):
-        module.load_benchmark("3d-rad", tmp_path, limit=0)
+        questions.load_benchmark("3d-rad", tmp_path, limit=0)
     with pytest.raises(FileNotFoundError, match="give their folder or file, or a Hub id like Tang-xiaoxiao/3D-RAD"):
-        module.load_benchmark("3d-rad", tmp_path / "absent")
+        questions.load_benchmark("3d-rad", tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="volumes is not a folder"):
-        module.load_benchmark("3d-rad", tmp_path, volumes=tmp_path / "absent")
-    with pytest.raises(module.BenchmarkError, match="known are"):
-        module.what_to_download("x")
+        questions.load_benchmark("3d-rad", tmp_path, volumes=tmp_path / "absent")
+    with pytest.raises(RowError, match="known are"):
+        questions.what_to_download("x")
 
 
-def test_train_and_test_are_kept_apart(module, tmp_path):
+def test_train_and_test_are_kept_apart(tmp_path):
     rad(tmp_path / "3DRAD" / "test")
     rad(tmp_path / "3DRAD" / "train", NODULE | {"VolumeName": "train_5_a_1.nii.gz"}, NODULE)
-    (test,) = module.load_benchmark("3d-rad", tmp_path)
-    train = module.load_benchmark("3d-rad", tmp_path, split="train", limit=1)
+    (test,) = questions.load_benchmark("3d-rad", tmp_path)
+    train = questions.load_benchmark("3d-rad", tmp_path, split="train", limit=1)
     assert test["id"] == "3d-rad/existence/lung-nodule/00001" and test["patient"] == "test_12"
     assert [row["id"] for row in train] == ["3d-rad-train/existence/lung-nodule/00001"]
     assert train[0]["patient"] == "train_5" and Path(train[0]["volumes"][0]).name == "train_5_a_1.nii.gz"
-    assert len(module.load_benchmark("3d-rad", tmp_path / "3DRAD" / "train", split="train")) == 2
-    assert "is that of 'test'" in faults(module, "3d-rad", tmp_path / "3DRAD" / "test", split="train")
+    assert len(questions.load_benchmark("3d-rad", tmp_path / "3DRAD" / "train", split="train")) == 2
+    assert "is that of 'test'" in faults("3d-rad", tmp_path / "3DRAD" / "test", split="train")
 
 
-def test_a_repeated_question_is_kept_and_counted(module, tmp_path):
+def test_a_repeated_question_is_kept_and_counted(tmp_path):
     other = NODULE | {"Answer": "Yes", "AnswerChoice": "A"}
     elsewhere = NODULE | {"VolumeName": "test_12_b_2.nii.gz"}
     rad(tmp_path, NODULE, other, elsewhere, elsewhere, SIZE | {"Task": "4"})
     with pytest.warns(UserWarning, match="2 questions stand in the files more than once for one scan, 1 of them with"):
-        rows = module.load_benchmark("3d-rad", tmp_path)
+        rows = questions.load_benchmark("3d-rad", tmp_path)
     assert len(rows) == 5 and len({row["id"] for row in rows}) == 5
 
 
-def test_a_hub_id_fetches_questions_and_no_scans(module, tmp_path, monkeypatch):
+def test_a_hub_id_fetches_questions_and_no_scans(tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = []
@@ -251,7 +241,7 @@ def test_a_hub_id_fetches_questions_and_no_scans(module, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
     monkeypatch.chdir(tmp_path)
-    (row,) = module.load_benchmark("3d-rad", "Tang-xiaoxiao/3D-RAD", revision="abc", volumes=tmp_path)
+    (row,) = questions.load_benchmark("3d-rad", "Tang-xiaoxiao/3D-RAD", revision="abc", volumes=tmp_path)
     ((repo_id, options),) = asked
     assert repo_id == "Tang-xiaoxiao/3D-RAD" and options["revision"] == "abc" and options["repo_type"] == "dataset"
     assert options["allow_patterns"] and all(p.endswith(".csv") for p in options["allow_patterns"])
@@ -272,27 +262,25 @@ TUMOR2 = {
 }  # fmt: skip
 
 
-def test_deeptumorvqa_1_from_a_table(module, tmp_path):
+def test_deeptumorvqa_1_from_a_table(tmp_path):
     file = write_csv(tmp_path / "val.csv", [TUMOR1, TUMOR1 | {"Image ID": "BDMAP_00000009", "question subtype": "x"}])
     scan = touch(tmp_path / "ct" / "BDMAP_00000007" / "ct.nii.gz")
-    choice, _ = module.load_benchmark("deeptumorvqa-1-mc", file)
+    choice, _ = questions.load_benchmark("deeptumorvqa-1-mc", file)
     assert choice["volumes"] == [scan] and choice["patient"] == "BDMAP_00000007"
     assert choice["options"] == {"A": "None", "B": "Mild", "C": "12.5 HU", "D": "Severe"} and choice["answer"] == "C"
     assert choice["messages"][0]["content"][1]["text"] == STEATOSIS and choice["question"] == "How severe is it?"
-    free, other = module.load_benchmark("deeptumorvqa-1-ft", tmp_path)  # the folder's val*.csv
+    free, other = questions.load_benchmark("deeptumorvqa-1-ft", tmp_path)  # the folder's val*.csv
     assert (free["kind"], free["answer"], other["kind"]) == ("number", "12.50", "text")
     assert (free["task"], free["subtask"]) == ("measurement", "organ HU measurement")
     columns = [name for name in TUMOR1 if name != "correct option"]
     write_csv(file, [{name: TUMOR1[name] for name in columns}])
-    message = faults(module, "deeptumorvqa-1-mc", file)
+    message = faults("deeptumorvqa-1-mc", file)
     assert "val.csv line 1: no column correct option or correct_option" in message
     write_csv(tmp_path / "val_2.csv", [TUMOR1])
-    assert "2 files could be deeptumorvqa-1-ft val: val.csv, val_2.csv" in faults(
-        module, "deeptumorvqa-1-ft", tmp_path
-    )
+    assert "2 files could be deeptumorvqa-1-ft val: val.csv, val_2.csv" in faults("deeptumorvqa-1-ft", tmp_path)
 
 
-def test_deeptumorvqa_1_as_photon_releases_it(module, tmp_path):
+def test_deeptumorvqa_1_as_photon_releases_it(tmp_path):
     line = {
         "messages": [
             {"role": "user", "content": f"<video> {STEATOSIS}"}, {"role": "assistant", "content": "B. Mild"}
@@ -302,13 +290,13 @@ def test_deeptumorvqa_1_as_photon_releases_it(module, tmp_path):
     }  # fmt: skip
     flat = touch(tmp_path / "scans" / "BDMAP_00000007.nii.gz")
     (tmp_path / "val_multi_choice.jsonl").write_text(json.dumps(line) + "\n")
-    (row,) = module.load_benchmark("deeptumorvqa-1-mc", tmp_path)
+    (row,) = questions.load_benchmark("deeptumorvqa-1-mc", tmp_path)
     assert row["answer"] == "B" and row["volumes"] == [flat] and row["options"]["D"] == "Severe"
     assert row["messages"][0]["content"][1]["text"] == STEATOSIS
     wrong = {**line, "messages": [*line["messages"], {"role": "user", "content": "?"}]}
     lines = [json.dumps(line), "{", json.dumps(wrong), json.dumps({**line, "videos": []}), "3"]
     (tmp_path / "val_multi_choice.jsonl").write_text("\n".join(lines))
-    message = faults(module, "deeptumorvqa-1-mc", tmp_path)
+    message = faults("deeptumorvqa-1-mc", tmp_path)
     for part in (
         "line 2: not JSON",
         "line 3: its messages are not one question",
@@ -318,7 +306,7 @@ def test_deeptumorvqa_1_as_photon_releases_it(module, tmp_path):
         assert f"val_multi_choice.jsonl {part}" in message
 
 
-def test_deeptumorvqa_2_asks_as_its_authors_do(module, tmp_path):
+def test_deeptumorvqa_2_asks_as_its_authors_do(tmp_path):
     reasoning = TUMOR2 | {"qid": "bench_2", "question_subtype": "fatty liver", "question_type": "medical reasoning"}
     file = tmp_path / "benchmark" / "test_qa.json"
     file.parent.mkdir()
@@ -326,7 +314,7 @@ def test_deeptumorvqa_2_asks_as_its_authors_do(module, tmp_path):
         json.dumps({"version": 4, "questions": [TUMOR2, reasoning | {"answer": "Mild", "correct_option": "B"}]})
     )
     scan = touch(tmp_path / "benchmark" / "ct" / "BDMAP_00000008" / "ct.nii.gz")
-    row, other = module.load_benchmark("deeptumorvqa-2", tmp_path)
+    row, other = questions.load_benchmark("deeptumorvqa-2", tmp_path)
     assert row["id"] == "deeptumorvqa-2/bench_00017" and row["volumes"] == [scan] and row["answer"] == "C"
     assert row["messages"][0]["content"][1]["text"] == (
         "You are given the full 3D abdominal CT volume (NIfTI, native voxel spacing).\nPatient: sex=F.\n"
@@ -334,27 +322,27 @@ def test_deeptumorvqa_2_asks_as_its_authors_do(module, tmp_path):
         f"{STEATOSIS}\nAnswer with ONLY the single letter (A, B, C, or D)."
     )
     assert "Voxel spacing" not in other["messages"][0]["content"][1]["text"]
-    free, words = module.load_benchmark("deeptumorvqa-2-ft", tmp_path)
+    free, words = questions.load_benchmark("deeptumorvqa-2-ft", tmp_path)
     assert (free["kind"], free["answer"], words["kind"]) == ("number", "12.5", "text")
     assert words["messages"][0]["content"][1]["text"].endswith("Answer with the most appropriate short phrase.")
-    assert module.load_benchmark("deeptumorvqa-2", tmp_path, tasks=["medical reasoning"]) == [other]
+    assert questions.load_benchmark("deeptumorvqa-2", tmp_path, tasks=["medical reasoning"]) == [other]
     bad = [TUMOR2, TUMOR2, TUMOR2 | {"qid": "q3", "correct_option": "E"}, {"qid": "q4"}, "x"]
     file.write_text(json.dumps({"questions": bad}))
-    message = faults(module, "deeptumorvqa-2", tmp_path)
+    message = faults("deeptumorvqa-2", tmp_path)
     parts = ["question 2: its id is that of", "question 3: its answer 'E' is none", "question 4: no 'question_type'"]
     for part in [*parts, "question 5: not a JSON object"]:
         assert part in message
     file.write_text('{"questions": 3}')
-    assert "expected a list" in faults(module, "deeptumorvqa-2", tmp_path)
+    assert "expected a list" in faults("deeptumorvqa-2", tmp_path)
 
 
-def test_a_letter_against_the_text_is_counted_where_texts_are_machine_made(module, tmp_path):
+def test_a_letter_against_the_text_is_counted_where_texts_are_machine_made(tmp_path):
     file = tmp_path / "test_qa.json"
     file.write_text(json.dumps([TUMOR2, TUMOR2 | {"qid": "b", "image_id": "BDMAP_2", "answer": "Mild"}]))
     with pytest.warns(
         UserWarning, match="1 questions whose letter and .*\n.*question 2: the letter is C, but .* of B"
     ):
-        rows = module.load_benchmark("deeptumorvqa-2", file)
+        rows = questions.load_benchmark("deeptumorvqa-2", file)
     assert [row["answer"] for row in rows] == ["C", "C"] and all("answer_text" not in row for row in rows)
 
 
@@ -369,8 +357,8 @@ def test_a_letter_against_the_text_is_counted_where_texts_are_machine_made(modul
         ("None", None, "None"),
     ],
 )
-def test_options_within_a_question(module, text, options, stem):
-    found, question = module._inline(text)
+def test_options_within_a_question(text, options, stem):
+    found, question = inline_options(text)
     assert question == stem
     assert found == (options and dict(zip("ABCD", options, strict=False)))
 
@@ -384,17 +372,17 @@ M3D = {
 }  # fmt: skip
 
 
-def test_m3d_vqa(module, tmp_path):
+def test_m3d_vqa(tmp_path):
     file = write_csv(tmp_path / "M3D_VQA_test.csv", [M3D, M3D | {"Question Type": "1"}])
     touch(tmp_path / "other" / "000005" / "Axial_C.nii.gz")
     scan = touch(tmp_path / "scans" / "ct_quizze" / "000006" / "Axial_C.nii.gz")
     touch(tmp_path / "scans" / "ct_quizze" / "000006" / "Axial_C.npy")
-    row, plane = module.load_benchmark("m3d-vqa", tmp_path)
+    row, plane = questions.load_benchmark("m3d-vqa", tmp_path)
     assert row["volumes"] == [scan] and row["patient"] == "ct_quizze/000006" and plane["task"] == "plane"
     assert row["options"] == {"A": "Cyst", "C": "Stone", "D": "Mass"} and row["answer"] == "C"
     assert row["messages"][0]["content"][1]["text"].split("\n")[:2] == ["What is seen?", "A. Cyst"]
     write_csv(file, [M3D, M3D | {"Question Type": "6"}, M3D | {"Answer Choice": "B"}])
-    message = faults(module, "m3d-vqa", tmp_path)
+    message = faults("m3d-vqa", tmp_path)
     assert "line 4: its Question Type is '6'; expected 1 to 5" in message  # a record has two lines here
     assert "line 6: its answer 'B' is none of the choices A, C, D" in message
 
@@ -404,7 +392,7 @@ def turn(question, answer, kind=None):
     return [asked | ({"type": kind} if kind else {}), {"from": "gpt", "value": answer}]
 
 
-def test_ct_rate_vqa(module, tmp_path):
+def test_ct_rate_vqa(tmp_path):
     entries = [
         {"id": "multiple_choice_1", "image": "valid_3_b_2.nii.gz", "conversations": [
             *turn("<image>\nWhich?\n(a) one (b) two (c) 3 (d) four <multiple_choice>", "(b) two", "multiple_choice"),
@@ -419,7 +407,7 @@ def test_ct_rate_vqa(module, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(entries))
     scan = touch(tmp_path / "valid_fixed" / "valid_3" / "valid_3_b" / "valid_3_b_2.nii.gz")
-    first, second, third, fourth, report = module.load_benchmark("ct-rate-vqa", tmp_path)
+    first, second, third, fourth, report = questions.load_benchmark("ct-rate-vqa", tmp_path)
     assert first["id"] == "ct-rate-vqa/multiple_choice_1/1" and first["volumes"] == [scan] == second["volumes"]
     assert first["answer"] == "B" and first["options"]["D"] == "four" and first["patient"] == "valid_3"
     assert second["answer"] == "A" and len(second["messages"]) == 2  # stands alone
@@ -431,13 +419,13 @@ def test_ct_rate_vqa(module, tmp_path):
     bad.append({"id": "m", "image": "valid_1_a_1.nii.gz", "conversations": turn("Q <multiple_choice>", "two")})
     bad.append({"id": "c", "image": "valid_1_a_1.nii.gz", "conversations": turn("Q", "A")[::-1]})
     file.write_text(json.dumps(bad))
-    message = faults(module, "ct-rate-vqa", tmp_path)
+    message = faults("ct-rate-vqa", tmp_path)
     parts = ["question 2: its id is that of", "question 3: its scan's name", "question 4: its options or its answer"]
     for part in [*parts, "question 5: its conversations"]:
         assert part in message
 
 
-def test_own_questions(module, tmp_path):
+def test_own_questions(tmp_path):
     lines = [
         {"messages": [{"role": "user", "content": "<volume>How many?"}, {"role": "assistant", "content": "12"}],
          "volumes": ["a.nii.gz"], "task": "count"},
@@ -447,27 +435,27 @@ def test_own_questions(module, tmp_path):
     ]  # fmt: skip
     file = tmp_path / "own.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    one, two = module.load_benchmark("jsonl", file, volumes=tmp_path)
+    one, two = questions.load_benchmark("jsonl", file, volumes=tmp_path)
     assert (one["id"], one["kind"], one["patient"], one["task"]) == ("jsonl/000001", "number", "a", "count")
     assert one["volumes"] == [str(tmp_path / "a.nii.gz")]
     assert (two["kind"], two["choices"], two["patient"], two["subtask"]) == ("choice", ["A", "B"], "p9", "s")
     assert two["volumes"] == [str(tmp_path / "b/x.nii.gz"), {"path": str(tmp_path / "c"), "series": "2"}]
-    assert module.missing_volumes([one, two]) == [one["volumes"][0], two["volumes"][0], str(tmp_path / "c")]
+    assert missing_volumes([one, two]) == [one["volumes"][0], two["volumes"][0], str(tmp_path / "c")]
     lines[1]["options"] = {"A": "yes"}
     lines += [{**lines[0], "id": "same"}, {**lines[0], "id": "same"}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    message = faults(module, "jsonl", file)
+    message = faults("jsonl", file)
     assert "own.jsonl line 2: its answer 'B' is none of the choices A" in message
     assert "own.jsonl line 4: its id is that of own.jsonl line 3" in message
     file.write_text('{"messages": []}\n')
-    assert "own.jsonl line 1" in faults(module, "jsonl", file)
+    assert "own.jsonl line 1" in faults("jsonl", file)
 
 
 @pytest.mark.parametrize("name", ["3d-rad", "deeptumorvqa-1-mc", "deeptumorvqa-2", "m3d-vqa", "ct-rate-vqa", "jsonl"])
-def test_every_benchmark_says_what_to_download(module, name):
-    text = module.what_to_download(name)
+def test_every_benchmark_says_what_to_download(name):
+    text = questions.what_to_download(name)
     assert "questions: " in text and "scans: " in text
-    hub = module.BENCHMARKS[name].hub
+    hub = questions.BENCHMARKS[name].hub
     assert hub is None or hub in text
 
 
@@ -478,5 +466,5 @@ def test_every_benchmark_says_what_to_download(module, name):
         ("a/other.nii", "other"), ("dicom_folder", "dicom_folder"), ("ct.nii.gz", "ct"),
     ],
 )  # fmt: skip
-def test_patients_are_read_from_names(module, scan, patient):
-    assert module.patient_of(scan) == patient
+def test_patients_are_read_from_names(scan, patient):
+    assert patient_of(scan) == patient

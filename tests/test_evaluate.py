@@ -29,7 +29,14 @@ from transformers import (
 
 import evaluate_hf
 from conftest import ROOT, TOKENS
+from photon.evaluation import run as evaluation_run
+from photon.evaluation.dealing import batches, dealt, grouped, scan_keys
+from photon.evaluation.encoded_scans import EncodedScans
+from photon.evaluation.models import load_model, prompt
+from photon.evaluation.run import identity
+from photon.evaluation.slices import axial_slices
 from photon.phantoms import patient as phantom_patient
+from photon.run_folder import RunError
 from photon.schedulers.controls import ControlScheduler
 
 CPU = torch.device("cpu")
@@ -127,7 +134,7 @@ def talker(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(talker):
-    return evaluate_hf.load_model(str(talker), CPU, max_new_tokens=6)
+    return load_model(str(talker), CPU, max_new_tokens=6)
 
 
 def rows_of(data):
@@ -135,7 +142,7 @@ def rows_of(data):
 
 
 def encoded(model, row):
-    return [model.encode(model.read_or_refuse(key)) for key in evaluate_hf.scan_keys(row)]
+    return [model.encode(model.read_or_refuse(key)) for key in scan_keys(row)]
 
 
 def arguments(data, model, output, *more):
@@ -179,7 +186,7 @@ def test_inputs_are_the_processors(model, data):
     """Prompts about an encoded scan equal what the processor makes of the same chats, and so do the logits."""
     rows = [row for row in rows_of(data) if row["id"].startswith("q/1/")][:3]
     scans = encoded(model, rows[0])
-    chats = [evaluate_hf.prompt(row, scans, model.part) for row in rows]
+    chats = [prompt(row, scans, model.part) for row in rows]
     ours = model.inputs(chats, scans)
     full = [[{"role": "user", "content": [{"type": "volume", "path": row["volumes"][0]}, c[0]["content"][1]]}]
             for row, c in zip(rows, chats, strict=True)]  # fmt: skip
@@ -232,7 +239,7 @@ def test_letter_is_the_likeliest_next_token(model, data):
 
 def test_choices_of_several_tokens_are_refused(model, data):
     row = next(row for row in rows_of(data) if row["kind"] == "choice")
-    with pytest.raises(evaluate_hf.RunError, match="--choices generate"):
+    with pytest.raises(RunError, match="--choices generate"):
         model.answer([{**row, "choices": ["A", "unclear"]}], encoded(model, row), by_letter=True)
 
 
@@ -257,7 +264,7 @@ class Counting:
 def test_each_scan_is_read_and_encoded_once_and_let_go():
     groups = [("a", "b"), ("a",), (), ("c", "a"), ("c",), ("d", "d")]
     model = Counting()
-    scans = evaluate_hf.Scans(model, groups)
+    scans = EncodedScans(model, groups)
     for group in groups:
         assert scans.take(group) == [scan.upper() for scan in group]
         if group == ("c", "a"):
@@ -270,11 +277,11 @@ def test_the_vision_tower_sees_a_scan_once(model, data):
     seen = []
     hook = model.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
     try:
-        groups = evaluate_hf.grouped([row for row in rows_of(data) if row["id"] != "damaged"])
-        scans = evaluate_hf.Scans(model, list(groups))
+        groups = grouped([row for row in rows_of(data) if row["id"] != "damaged"])
+        scans = EncodedScans(model, list(groups))
         for group, rows in groups.items():
             taken = scans.take(group)
-            for batch in evaluate_hf.batches(rows, 4, by_letter=False):
+            for batch in batches(rows, 4, by_letter=False):
                 model.answer(batch, taken)
     finally:
         hook.remove()
@@ -291,7 +298,7 @@ def test_dealing(world):
         for _ in range(4):
             chosen = tuple(rng.sample(scans, rng.randint(1, len(scans))))
             groups[chosen] = [None] * rng.randint(1, 9)
-    shares = evaluate_hf.dealt(groups, world)
+    shares = dealt(groups, world)
     assert sorted(group for share in shares for group in share) == sorted(groups)
     homes = [{scan for group in share for scan in group} for share in shares]
     assert sum(map(len, homes)) == len(set().union(*homes))
@@ -323,7 +330,7 @@ def test_run(capsys, data, talker, reference, tmp_path):
 
 def test_a_finished_run_needs_no_model(capsys, data, talker, reference, tmp_path, monkeypatch):
     run(capsys, data, talker, tmp_path, "--choices", "logprob")
-    monkeypatch.setattr(evaluate_hf, "load_model", None)
+    monkeypatch.setattr(evaluation_run, "load_model", None)
     run(capsys, data, talker, tmp_path, "--choices", "logprob")
     assert (tmp_path / "predictions.jsonl").read_bytes() == reference
 
@@ -564,13 +571,13 @@ def test_slices_are_the_scans_own_upright_and_windowed(tmp_path):
         nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt("PIR"))
     )
     nib.save(other, tmp_path / "scan.nii.gz")
-    pictures = evaluate_hf.axial_slices(tmp_path / "scan.nii.gz", 3, (-200.0, 300.0))
+    pictures = axial_slices(tmp_path / "scan.nii.gz", 3, (-200.0, 300.0))
     grey = np.rint(255 * (np.clip(ras.astype(float), -200, 300) + 200) / 500).astype(np.uint8)
     for picture, k in zip(pictures, (7, 4, 1), strict=True):  # centres of thirds of nine slices, the top one first
         plane = grey[::-1, ::-1, k].T  # (rows front to back, columns from the patient's right)
         expected = Image.fromarray(plane).convert("RGB").resize((20, 52), Image.Resampling.BILINEAR)
         assert picture.mode == "RGB" and np.array_equal(np.asarray(picture), np.asarray(expected))
-    assert len(evaluate_hf.axial_slices(tmp_path / "scan.nii.gz", 99, (-200.0, 300.0))) == 9
+    assert len(axial_slices(tmp_path / "scan.nii.gz", 99, (-200.0, 300.0))) == 9
 
 
 def write_gemma(folder):
@@ -649,7 +656,7 @@ def test_two_dimensional_model(capsys, data, tmp_path, write):
     assert records["damaged"]["refused"] == "DAMAGED_FILE"
     texts = {record["prediction"] for name, record in records.items() if "choice_logprobs" not in record}
     assert len(texts) > 3
-    loaded = evaluate_hf.load_model(str(folder), CPU, max_new_tokens=4, slices=3, trust_remote_code=bool(trust))
+    loaded = load_model(str(folder), CPU, max_new_tokens=4, slices=3, trust_remote_code=bool(trust))
     for row in rows_of(data)[:-1]:
         letter = row["kind"] == "choice"
         scans = encoded(loaded, row)
@@ -661,14 +668,16 @@ def test_two_dimensional_model(capsys, data, tmp_path, write):
     assert "scheduler" in refusal(capsys, data, folder, tmp_path / "budget", "--token-budget", 5, *trust)
     if trust:
         with pytest.raises((ValueError, SystemExit, OSError)):
-            evaluate_hf.load_model(str(folder), CPU, slices=3)
+            load_model(str(folder), CPU, slices=3)
 
 
 def test_scans_are_relative_to_their_folder(tmp_path):
     """A run goes on after the scans were moved, and not after they were exchanged."""
     rows = [question("one", [tmp_path / "a" / "x.nii.gz"], "?")]
-    args = evaluate_hf.parse(arguments(tmp_path, ROOT, Path("run"), "--volumes", tmp_path / "a"))
-    moved = evaluate_hf.parse(arguments(tmp_path, ROOT, Path("run"), "--volumes", tmp_path / "b"))
-    first = evaluate_hf.identity(args, rows, CPU)
-    assert evaluate_hf.identity(moved, [question("one", [tmp_path / "b" / "x.nii.gz"], "?")], CPU) == first
-    assert evaluate_hf.identity(args, [question("one", [tmp_path / "a" / "y.nii.gz"], "?")], CPU) != first
+    here, moved = (
+        evaluate_hf.settings(evaluate_hf.parse(arguments(tmp_path, ROOT, Path("run"), "--volumes", tmp_path / name)))
+        for name in "ab"
+    )
+    first = identity(here, rows, CPU)
+    assert identity(moved, [question("one", [tmp_path / "b" / "x.nii.gz"], "?")], CPU) == first
+    assert identity(here, [question("one", [tmp_path / "a" / "y.nii.gz"], "?")], CPU) != first

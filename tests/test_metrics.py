@@ -1,7 +1,6 @@
 """Scores against independent computations: other libraries, or a few plain lines here."""
 
 import csv
-import importlib
 import json
 import math
 import os
@@ -16,8 +15,18 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data")) / "3d_rad"
+import conftest
+from conftest import ROOT
+from photon.evaluation.baselines import Blind
+from photon.evaluation.benchmarks import BENCHMARKS
+from photon.evaluation.comparison import compare, mcnemar
+from photon.evaluation.predictions import read_predictions
+from photon.evaluation.questions import load_benchmark
+from photon.evaluation.scoring import score
+from photon.evaluation.swapping import swapped
+from photon.evaluation.table import table
+
+DATA = conftest.DATA / "3d_rad"
 FULL = os.environ.get("PHOTON_3DRAD")
 evaluate = pytest.importorskip("evaluate")
 
@@ -29,17 +38,6 @@ ADVERSARIAL = [
     " ".join(["lung"] * 2000), "No.", "no", "B. No", "١٢ mm", "A.B,C", "1,000.5", "[1] {2} ~3", "_ _",
 ]  # fmt: skip
 WORDS = "the right left lung nodule 12 mm 3.5 cm , . - no yes Upper lobe effusion ( ) 2x3".split()
-
-
-def load(name):
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module(name)
-
-
-@pytest.fixture(scope="module")
-def scoring():
-    return load("photon.evaluation.scoring")
 
 
 @pytest.fixture(scope="module")
@@ -368,10 +366,10 @@ def resampled(rows, values, draws, seed):
     return {name: np.percentile([one[name] for one in out], [2.5, 97.5]) for name in out[0]}
 
 
-def test_figures_and_intervals_are_those_of_loops(scoring):
+def test_figures_and_intervals_are_those_of_loops():
     rows = questions()
     said = guesses(rows, 1)
-    found = scoring.score(rows, said, bootstrap=60, seed=3)["tasks"]["t"]
+    found = score(rows, said, bootstrap=60, seed=3)["tasks"]["t"]
     plain = plain_figures(rows, said)
     bounds = resampled(rows, lambda part: plain_figures(part, said), 60, 3)
     for name, value in plain.items():
@@ -388,12 +386,12 @@ def test_figures_and_intervals_are_those_of_loops(scoring):
     assert found["subtasks"]["yy"]["balanced_accuracy"]["value"] == pytest.approx(one["balanced_accuracy"])
 
 
-def test_f1_of_yes_by_finding(scoring):
+def test_f1_of_yes_by_finding():
     rows = questions(letters="AB")
     for row in rows:
         row["options"] = {"A": "Yes", "B": "No"}
     said = guesses(rows, 2)
-    found = scoring.score(rows, said, bootstrap=0)["tasks"]["t"]["subtasks"]
+    found = score(rows, said, bootstrap=0)["tasks"]["t"]["subtasks"]
     for subtask in ("x", "yy", "z"):
         part = [(said[row["id"]], row["answer"]) for row in rows if row["subtask"] == subtask]
         tp = sum(s == t == "A" for s, t in part)
@@ -402,14 +400,14 @@ def test_f1_of_yes_by_finding(scoring):
         assert found[subtask]["f1_yes"]["low"] is None
 
 
-def test_figures_where_little_is_there(scoring):
+def test_figures_where_little_is_there():
     """A subtask of one question; a letter that is said but never true; a finding that is never there nor named."""
     rows = questions(4, letters="ABC")
     facts = [("x", "A", "A"), ("yy", "A", "B"), ("yy", "A", "A"), ("z", "C", "?")]
     for row, (subtask, true, _) in zip(rows, facts, strict=True):
         row.update(subtask=subtask, answer=true)
     said = {row["id"]: fact[2] for row, fact in zip(rows, facts, strict=True)}
-    found = scoring.score(rows, said, bootstrap=0)["tasks"]["t"]
+    found = score(rows, said, bootstrap=0)["tasks"]["t"]
     assert [found["subtasks"][s]["f1"]["value"] for s in ("x", "yy", "z")] == pytest.approx([1, 2 / 3, 0])
     assert found["figures"]["f1_macro"]["value"] == pytest.approx((1 + 2 / 3) / 3)
     assert found["figures"]["balanced_accuracy"]["value"] == pytest.approx((2 / 3 + 0) / 2)
@@ -417,13 +415,13 @@ def test_figures_where_little_is_there(scoring):
     rows = questions(2, letters="AB")
     for row, subtask in zip(rows, ("x", "z"), strict=True):
         row.update(subtask=subtask, answer="B", options={"A": "Yes", "B": "No"})
-    found = scoring.score(rows, {"q0": "B", "q1": "A"}, bootstrap=0)["tasks"]["t"]
+    found = score(rows, {"q0": "B", "q1": "A"}, bootstrap=0)["tasks"]["t"]
     assert found["subtasks"]["x"]["f1_yes"]["value"] is None and found["subtasks"]["z"]["f1_yes"]["value"] == 0
     assert found["figures"]["f1_macro"]["value"] == 0  # over the one subtask that has an F1
-    assert "f1_yes -" in scoring.table(scoring.score(rows, {"q0": "B", "q1": "A"}, bootstrap=0))
+    assert "f1_yes -" in table(score(rows, {"q0": "B", "q1": "A"}, bootstrap=0))
 
 
-def test_open_questions_are_scored_as_corpora_with_intervals(scoring):
+def test_open_questions_are_scored_as_corpora_with_intervals():
     sacrebleu = pytest.importorskip("sacrebleu")
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1"], use_stemmer=False)
     rows = questions(90, subtasks=("x", "yy"))
@@ -441,7 +439,7 @@ def test_open_questions_are_scored_as_corpora_with_intervals(scoring):
             both["rouge1"].append(np.mean([scorer.score(r, p)["rouge1"].fmeasure for p, r in chosen]))
         return {name: np.mean(values) for name, values in both.items()}
 
-    scores = scoring.score(rows, said, bootstrap=40, seed=1)
+    scores = score(rows, said, bootstrap=40, seed=1)
     bounds = resampled(rows, plain, 40, 1)
     for name, value in plain(rows).items():
         figure = scores["tasks"]["t"]["figures"][name]
@@ -450,58 +448,58 @@ def test_open_questions_are_scored_as_corpora_with_intervals(scoring):
         assert scores["authors"]["tasks"]["t (open)"][name] == pytest.approx(value, abs=1e-9)
 
 
-def test_intervals_depend_on_the_seed_alone(scoring):
+def test_intervals_depend_on_the_seed_alone():
     rows = questions()
     said = guesses(rows, 1)
-    once = scoring.score(rows, said, bootstrap=50, seed=3)
-    assert json.dumps(once, allow_nan=False) == json.dumps(scoring.score(rows, said, bootstrap=50, seed=3))
-    turned = scoring.score(rows[::-1], said, bootstrap=50, seed=3)["tasks"]["t"]["figures"]
-    other = scoring.score(rows, said, bootstrap=50, seed=4)["tasks"]["t"]["figures"]
+    once = score(rows, said, bootstrap=50, seed=3)
+    assert json.dumps(once, allow_nan=False) == json.dumps(score(rows, said, bootstrap=50, seed=3))
+    turned = score(rows[::-1], said, bootstrap=50, seed=3)["tasks"]["t"]["figures"]
+    other = score(rows, said, bootstrap=50, seed=4)["tasks"]["t"]["figures"]
     for name, figure in once["tasks"]["t"]["figures"].items():
         assert tuple(turned[name].values()) == pytest.approx(tuple(figure.values()), abs=1e-12)
         assert other[name]["low"] != figure["low"] or other[name]["high"] != figure["high"]
 
 
-def test_an_interval_by_patients_is_wider_than_by_questions(scoring):
+def test_an_interval_by_patients_is_wider_than_by_questions():
     """Ten copies of each question under one patient: as sure as one copy is, not as ten are."""
     rows = questions(60, patients=60)
     for i, row in enumerate(rows):
         row["patient"] = f"p{i:02d}"
     said = guesses(rows, 1)
     many = [{**row, "id": f"{row['id']}-{k}"} for row in rows for k in range(10)]
-    one = scoring.score(rows, said, bootstrap=400)["tasks"]["t"]["figures"]["accuracy_micro"]
-    ten = scoring.score(many, {row["id"]: said[row["id"].split("-")[0]] for row in many}, bootstrap=400)
+    one = score(rows, said, bootstrap=400)["tasks"]["t"]["figures"]["accuracy_micro"]
+    ten = score(many, {row["id"]: said[row["id"].split("-")[0]] for row in many}, bootstrap=400)
     ten = ten["tasks"]["t"]["figures"]["accuracy_micro"]
     assert (ten["low"], ten["high"]) == pytest.approx((one["low"], one["high"]), abs=1e-12)
     alone = [{**row, "patient": "p"} for row in rows]
-    assert scoring.score(alone, said)["tasks"]["t"]["figures"]["accuracy_micro"]["low"] is None
+    assert score(alone, said)["tasks"]["t"]["figures"]["accuracy_micro"]["low"] is None
 
 
-def test_what_does_not_match_is_refused(scoring):
+def test_what_does_not_match_is_refused():
     rows = questions(5)
     said = guesses(rows, 1)
     with pytest.raises(ValueError, match="question q1: no prediction\n  prediction q9: no question"):
-        scoring.score(rows, {**{k: v for k, v in said.items() if k != "q1"}, "q9": "A"})
+        score(rows, {**{k: v for k, v in said.items() if k != "q1"}, "q9": "A"})
     with pytest.raises(ValueError, match="2 rows have this id"):
-        scoring.score([*rows, rows[0]], said)
+        score([*rows, rows[0]], said)
     with pytest.raises(ValueError, match="one benchmark at a time"):
-        scoring.score([rows[0], {**rows[1], "benchmark": "jsonl"}], said)
+        score([rows[0], {**rows[1], "benchmark": "jsonl"}], said)
     with pytest.raises(ValueError, match="would know their answers"):
-        scoring.score(rows, said, train=rows)
+        score(rows, said, train=rows)
     with pytest.raises(ValueError, match="expected questions of 3d-rad"):
-        scoring.score(rows, said, train=[{**rows[0], "benchmark": "jsonl"}])
+        score(rows, said, train=[{**rows[0], "benchmark": "jsonl"}])
 
 
-def test_predictions_are_read_and_faults_named_by_line(scoring, tmp_path):
+def test_predictions_are_read_and_faults_named_by_line(tmp_path):
     rows = questions(3)
     file = tmp_path / "p.jsonl"
     lines = [{"id": row["id"], "prediction": "A", "kept": 0.4} for row in rows]
     file.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    assert scoring.read_predictions(file, rows) == {"q0": "A", "q1": "A", "q2": "A"}
+    assert read_predictions(file, rows) == {"q0": "A", "q1": "A", "q2": "A"}
     bad = [json.dumps(lines[0]), "{", json.dumps(lines[0]), '{"id": "q9", "prediction": "A"}', '{"id": "q1"}', "[1]"]
     file.write_text("\n".join(bad))
     with pytest.raises(ValueError) as caught:
-        scoring.read_predictions(file, rows)
+        read_predictions(file, rows)
     expected = ["line 2: not JSON", "line 3: a second prediction of the question of line 1", "line 4: an id of no"]
     expected += [
         "line 5: no text under 'prediction'",
@@ -512,33 +510,33 @@ def test_predictions_are_read_and_faults_named_by_line(scoring, tmp_path):
     for part in expected:
         assert part in str(caught.value)
     file.write_text('{"id": "q9", "prediction": "A"}\n')
-    assert scoring.read_predictions(file) == {"q9": "A"}
+    assert read_predictions(file) == {"q9": "A"}
 
 
 @pytest.mark.parametrize(
     ("text", "letter"),
     [("B", "B"), ("(b)", "B"), ("B. No", "B"), ("b: x", "B"), ("A lesion", None), ("", None), ("E", None)],
 )
-def test_letters_of_benchmarks_without_a_rule(scoring, text, letter):
-    assert scoring.read_letter(text, ["A", "B", "C"], "m3d-vqa") == letter
+def test_letters_of_benchmarks_without_a_rule(text, letter):
+    assert BENCHMARKS["m3d-vqa"].read_choice(text, ["A", "B", "C"]) == letter
 
 
 @pytest.mark.parametrize(
     ("text", "choice"),
     [("no", "no"), ("No.", "no"), (" YES ", "yes"), ("no lesion", None), ("y", None), ("", None)],
 )
-def test_choices_may_be_words(scoring, text, choice):
-    assert scoring.read_letter(text, ["yes", "no"], "jsonl") == choice
-    assert scoring.read_letter("2", ["0", "1", "2", "3"], "jsonl") == "2"
+def test_choices_may_be_words(text, choice):
+    assert BENCHMARKS["jsonl"].read_choice(text, ["yes", "no"]) == choice
+    assert BENCHMARKS["jsonl"].read_choice("2", ["0", "1", "2", "3"]) == "2"
 
 
 # === Comparison ======================================================================================================
 
 
-def test_comparison_is_paired(scoring):
+def test_comparison_is_paired():
     rows = questions()
     first, second = guesses(rows, 1, right=0.5), guesses(rows, 2, right=0.7)
-    found = scoring.compare(rows, first, second, bootstrap=60, seed=5)["tasks"]["t"]
+    found = compare(rows, first, second, bootstrap=60, seed=5)["tasks"]["t"]
 
     def difference(part):
         one, two = plain_figures(part, first), plain_figures(part, second)
@@ -553,16 +551,16 @@ def test_comparison_is_paired(scoring):
     alone = [sum(a and not b for a, b in zip(*order, strict=True)) for order in (right, right[::-1])]
     assert [found["mcnemar"][key] for key in ("first_alone", "second_alone")] == alone
     assert found["mcnemar"]["p"] == pytest.approx(binomtest(alone[0], sum(alone), 0.5).pvalue, rel=1e-9)
-    same = scoring.compare(rows, first, first, bootstrap=20)["tasks"]["t"]
+    same = compare(rows, first, first, bootstrap=20)["tasks"]["t"]
     assert same["mcnemar"] == {"first_alone": 0, "second_alone": 0, "p": 1.0}
     assert all(tuple(f["difference"].values()) == (0, 0, 0) for f in same["figures"].values())
 
 
 @pytest.mark.parametrize(("one", "two"), [(0, 1), (3, 3), (2, 9), (40, 75), (900, 1100), (5000, 6000)])
-def test_mcnemar_is_the_exact_binomial_test(scoring, one, two):
+def test_mcnemar_is_the_exact_binomial_test(one, two):
     first = np.array([True] * one + [False] * two + [True] * 7)
     second = np.array([False] * one + [True] * two + [True] * 7)
-    found = scoring.mcnemar(first, second)
+    found = mcnemar(first, second)
     assert found["p"] == pytest.approx(binomtest(one, one + two, 0.5).pvalue, rel=1e-9)
 
 
@@ -602,11 +600,11 @@ RULES = {
 
 
 @pytest.mark.filterwarnings("ignore:.*stand in the files more than once")
-def test_blind_baselines_on_the_given_questions(scoring):
+def test_blind_baselines_on_the_given_questions():
     if not DATA.is_dir():
         pytest.skip("3D-RAD questions are not here; set PHOTON_TEST_DATA to a folder with 3d_rad")
-    rows = load("photon.evaluation.questions").load_benchmark("3d-rad", DATA)
-    scores = scoring.score(rows, {row["id"]: "" for row in rows}, bootstrap=0)
+    rows = load_benchmark("3d-rad", DATA)
+    scores = score(rows, {row["id"]: "" for row in rows}, bootstrap=0)
     for (number, task), (name, rule) in RULES.items():
         macro, micro = accuracy(given(DATA, number), rule)
         found = by_name(scores, task)[name]
@@ -619,15 +617,14 @@ def test_blind_baselines_on_the_given_questions(scoring):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not FULL, reason="the full 3D-RAD questions are not here; set PHOTON_3DRAD to the folder 3DRAD")
-def test_blind_baselines_on_all_questions(scoring):
-    load_benchmark = load("photon.evaluation.questions").load_benchmark
+def test_blind_baselines_on_all_questions():
     rows = load_benchmark("3d-rad", FULL, split="test")
     closed = [row for row in rows if row["kind"] == "choice"]
     assert len(closed) == 29218
     train = load_benchmark(
         "3d-rad", FULL, split="train", tasks=["existence", "static-temporal", "longitudinal-temporal"]
     )
-    scores = scoring.score(closed, {row["id"]: "" for row in closed}, bootstrap=0, train=train)
+    scores = score(closed, {row["id"]: "" for row in closed}, bootstrap=0, train=train)
     fitted = "one letter for all: the most frequent in train"
     found = {task: by_name(scores, task) for _, task in RULES}
     per_cent = lambda entry, key: round(100 * entry[f"accuracy_{key}"], 2)  # noqa: E731
@@ -639,7 +636,7 @@ def test_blind_baselines_on_all_questions(scoring):
     assert (per_cent(longitudinal, "micro"), per_cent(longitudinal, "macro")) == (80.72, 75.92)
 
 
-def test_blind_baseline_learns_from_training_questions_alone(scoring):
+def test_blind_baseline_learns_from_training_questions_alone():
     """The right option's text follows from the words in train and test, but its letter is shuffled."""
     rng = random.Random(1)
 
@@ -655,14 +652,14 @@ def test_blind_baseline_learns_from_training_questions_alone(scoring):
         return rows
 
     train, test = made("train", 300), made("test", 200)
-    scores = scoring.score(test, {row["id"]: "A" for row in test}, train=train, bootstrap=0)
+    scores = score(test, {row["id"]: "A" for row in test}, train=train, bootstrap=0)
     blind = by_name(scores, "t")["the question's text alone"]
     assert blind["seen_by"] == "words" and blind["fitted_on"] == "the answers of 300 training questions"
     sure = np.mean([not row["question"].startswith("what is k") for row in test])
     assert sure < 0.9 and sure <= blind["accuracy_micro"] < 1
     right = {row["question"]: row["options"][row["answer"]] for row in train if "k" not in row["question"]}
     known = [row for row in test if row["question"] in right]
-    guess = scoring.Blind(train)
+    guess = Blind(train)
     assert all(guess(row) == row["answer"] for row in known)
     constant = by_name(scores, "t")["one letter for all: the most frequent in train"]
     letter = Counter(row["answer"] for row in train).most_common(1)[0][0]
@@ -673,25 +670,25 @@ def test_blind_baseline_learns_from_training_questions_alone(scoring):
     assert each["accuracy_micro"] == pytest.approx(np.mean([row["answer"] == best[row["subtask"]] for row in test]))
 
 
-def test_blind_baseline_does_not_learn_by_heart(scoring):
+def test_blind_baseline_does_not_learn_by_heart():
     """All questions have words of their own, so that words tell nothing; the subtask tells much."""
     rows = questions(300)
     rng = random.Random(8)
     for i, row in enumerate(rows):
         usual = {"x": "A", "yy": "B", "z": "C"}[row["subtask"]]
         row.update(question=f"question number {i}?", answer=usual if rng.random() < 0.7 else rng.choice("ABC"))
-    assert scoring.Blind(rows).level == "subtask"
+    assert Blind(rows).level == "subtask"
 
 
 # === Other patients' scans ===========================================================================================
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_swapped_scans_are_another_patients(scoring, seed):
+def test_swapped_scans_are_another_patients(seed):
     rows = questions(80, patients=9)
     owner = {row["volumes"][0]: row["patient"] for row in rows}
-    found = scoring.swapped(rows, seed)
-    assert found == scoring.swapped(rows, seed) and found != scoring.swapped(rows, seed + 1)
+    found = swapped(rows, seed)
+    assert found == swapped(rows, seed) and found != swapped(rows, seed + 1)
     for row, other in zip(rows, found, strict=True):
         assert owner[other["volumes"][0]] != row["patient"]
         assert {**other, "volumes": row["volumes"]} == row
@@ -701,42 +698,42 @@ def test_swapped_scans_are_another_patients(scoring, seed):
     assert all(len(donors) == 1 for donors in taken.values()) and len(set.union(*taken.values())) == 9
 
 
-def test_swapping_needs_another_patient(scoring):
+def test_swapping_needs_another_patient():
     rows = questions(10, patients=1)
     with pytest.raises(ValueError, match="one patient alone"):
-        scoring.swapped(rows)
+        swapped(rows)
     rows = questions(10, patients=5) + [{**questions(1)[0], "id": "two", "volumes": ["a", "b"]}]
     with pytest.raises(ValueError, match="Questions on 2 scans"):
-        scoring.swapped(rows)
+        swapped(rows)
 
 
 # === DeepTumorVQA's totals, and the table ============================================================================
 
 
-def test_overall_of_deeptumorvqa_is_that_of_its_module(scoring):
+def test_overall_of_deeptumorvqa_is_that_of_its_module():
     rows = questions(150, letters="ABCD")
     for row in rows:
         row.update(benchmark="deeptumorvqa-2", task="mr"[len(row["subtask"]) % 2])
     said = {key: f"Answer: {text}" if text == "C" else text for key, text in guesses(rows, 4).items()}
-    scores = scoring.score(rows, said, bootstrap=30)
+    scores = score(rows, said, bootstrap=30)
     assert scores["overall"]["score_micro"]["value"] == pytest.approx(scores["authors"]["overall"]["score"], abs=6e-5)
     right = np.mean([("A" if text.startswith("Answer") else text) == row["answer"]
                      for row, text in zip(rows, said.values(), strict=True)])  # fmt: skip
     assert scores["overall"]["score_micro"]["value"] == pytest.approx(right)
     for row in rows:
         row["benchmark"] = "deeptumorvqa-1-mc"
-    scores = scoring.score(rows, said, bootstrap=30)
+    scores = score(rows, said, bootstrap=30)
     assert scores["overall"]["score_macro"]["value"] == pytest.approx(scores["authors"]["total"], abs=1e-12)
 
 
-def test_free_text_of_version_1_is_scored_by_subtype(scoring):
+def test_free_text_of_version_1_is_scored_by_subtype():
     rows = questions(60, subtasks=("organ volume measurement", "fatty liver"))
     for i, row in enumerate(rows):
         number = row["subtask"].startswith("organ")
         row.update(benchmark="deeptumorvqa-1-ft", kind="number" if number else "text", options=None, choices=None,
                    answer=str(10 + i) if number else "mild")  # fmt: skip
     said = {row["id"]: "12" if row["kind"] == "number" else "mild"[: 4 - i % 2] for i, row in enumerate(rows)}
-    scores = scoring.score(rows, said, bootstrap=10)
+    scores = score(rows, said, bootstrap=10)
     means = []
     for subtask in ("organ volume measurement", "fatty liver"):
         part = [(said[row["id"]], row["answer"]) for row in rows if row["subtask"] == subtask]
@@ -749,12 +746,12 @@ def test_free_text_of_version_1_is_scored_by_subtype(scoring):
     assert scores["authors"]["total"] == pytest.approx(np.mean(means))
 
 
-def test_the_table_shows_figures_baselines_and_what_was_left_out(scoring):
+def test_the_table_shows_figures_baselines_and_what_was_left_out():
     rows = questions(60)
     extra = {**rows[0], "id": "open", "task": "o", "kind": "text", "answer": "x y", "options": None, "choices": None}
     said = {**guesses(rows, 1), "open": "x"}
-    scores = scoring.score([*rows, extra], said, bootstrap=20)
-    text = scoring.table(scores)
+    scores = score([*rows, extra], said, bootstrap=20)
+    text = table(scores)
     figure = scores["tasks"]["t"]["figures"]["accuracy_macro"]
     assert f"| t | 60 | accuracy_macro | {100 * figure['value']:.2f} [{100 * figure['low']:.2f}, " in text
     assert "one letter for all: the most frequent in test (A)" in text and "no model knows" in text

@@ -77,9 +77,10 @@ def _blank(subtype):
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class DeepTumorVQA1(evaluate.Metric):
-    """Its functions by single pairs are there as `score`, `mra` and `number`."""
+    """Functions of single pairs: `score`, `mra`, `number`. `MRA_SUBTYPES`: the measuring and counting subtypes."""
 
     score, mra, number = staticmethod(score), staticmethod(mra), staticmethod(number)
+    MRA_SUBTYPES = MRA_SUBTYPES
 
     def _info(self):
         text = datasets.Value("string")

@@ -132,9 +132,10 @@ def _subtype(pairs, subtype, answer_format):
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class DeepTumorVQA2(evaluate.Metric):
-    """Its functions by single pairs are there as `score` and `letter`."""
+    """Functions of single pairs: `score`, `letter`. `NUMERIC`, `BINARY`: subtypes by the kind of their answer."""
 
     score, letter = staticmethod(score), staticmethod(letter)
+    NUMERIC, BINARY = NUMERIC, BINARY
 
     def _info(self):
         text = datasets.Value("string")

@@ -103,7 +103,7 @@ def closed_letter_dot(prediction, reference):
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class Rad3D(evaluate.Metric):
-    """Its functions by single pairs are there as `bleu1_parts`, `bleu1`, `rouge1`, `closed_equal`."""
+    """Functions of single pairs: `bleu1_parts`, `bleu1`, `rouge1`, `closed_equal`."""
 
     bleu1_parts, bleu1, rouge1 = staticmethod(bleu1_parts), staticmethod(bleu1), staticmethod(rouge1)
     closed_equal = staticmethod(closed_equal)

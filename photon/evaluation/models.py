@@ -1,0 +1,238 @@
+"""Models that answer a batch of questions on the same scans: Photon, or a 2D model that gets axial slices."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from photon.configuration_photon import PhotonConfig
+from photon.evaluation.slices import axial_slices
+from photon.loading import load_processor
+from photon.run_folder import RunError
+from photon.scan_faults_photon import VolumeError
+from photon.schedulers.controls import CONTROLS, ControlScheduler
+
+SCHEDULERS = ("on", "off", *CONTROLS)
+
+
+@dataclass
+class Refused:
+    """A scan that cannot be read."""
+
+    fault: str
+
+
+class Answerer:
+    """A model and its processor. `read` may run in threads; `encode` and `answer` run in turn on the device.
+
+    Args: processor; model; max_new_tokens: longest answer; options: further arguments of `generate`.
+    """
+
+    def __init__(self, processor, model, max_new_tokens=64, options=None):
+        self.processor, self.model = processor, model
+        self.max_new_tokens, self.options = max_new_tokens, options or {}
+        self.processor.tokenizer.padding_side = "left"
+        self.letter_ids = {}
+
+    def read_or_refuse(self, key):
+        """What `encode` takes, or `Refused`."""
+        try:
+            return self.read(json.loads(key))
+        except VolumeError as error:
+            return Refused(error.fault.value)
+
+    def encode(self, scan):
+        return scan
+
+    @torch.inference_mode()
+    def answer(self, rows, scans, by_letter=False):
+        """Answers to questions on the same scans, in one batch.
+
+        Args: rows: of one kind if `by_letter`; scans: what `encode` returned for each scan of the prompt; by_letter:
+            take the likeliest of a row's `choices` as the next token after the prompt, in one forward.
+        Returns: for each row a dict of `prediction`, `kept` (share of the visual tokens; `None` where nothing is cut)
+            and with `by_letter` `choice_logprobs`.
+        """
+        chats = [prompt(row, scans, self.part) for row in rows]
+        inputs = self.inputs(chats, scans)
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=1 if by_letter else self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+            output_logits=by_letter,
+            **self.options,
+        )
+        cut = getattr(output.past_key_values, "cut", None)
+        kept = [None] * len(rows)
+        if cut is not None:
+            kept = (cut.keep_mask.sum(-1) / cut.visual_count.clamp(min=1)).tolist()
+            kept = [round(ratio, 6) if count else None for ratio, count in zip(kept, cut.visual_count, strict=True)]
+        if not by_letter:
+            new = output.sequences[:, inputs["input_ids"].shape[1] :]
+            texts = self.processor.batch_decode(new, skip_special_tokens=True)
+            return [{"prediction": t.strip(), "kept": k} for t, k in zip(texts, kept, strict=True)]
+        logprobs = output.logits[0].float().log_softmax(-1)  # (B, vocabulary)
+        answers = []
+        for row, chat, line, ratio in zip(rows, chats, logprobs, kept, strict=True):
+            ids = self.tokens_of(tuple(row["choices"]), chat)
+            by_choice = dict(zip(row["choices"], line[ids].tolist(), strict=True))
+            best = max(by_choice, key=by_choice.get)
+            rounded = {choice: round(value, 4) for choice, value in by_choice.items()}
+            answers.append({"prediction": best, "kept": ratio, "choice_logprobs": rounded})
+        return answers
+
+    def tokens_of(self, choices, chat):
+        """The token that each choice is when it follows a prompt. Raises `RunError` where it is several tokens."""
+        if choices not in self.letter_ids:
+            text, ids = self.text(chat), []
+            encode = self.processor.tokenizer
+            before = encode(text, add_special_tokens=False)["input_ids"]
+            for choice in choices:
+                after = encode(text + choice, add_special_tokens=False)["input_ids"]
+                if after[:-1] != before:
+                    raise RunError(
+                        f"--choices logprob compares single tokens, but {choice!r} after this model's prompt is not "
+                        "one; use --choices generate."
+                    )
+                ids.append(after[-1])
+            self.letter_ids[choices] = ids
+        return self.letter_ids[choices]
+
+    def text(self, chat):
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+class VolumeModel(Answerer):
+    """Photon: a scan is encoded once, and its visual tokens stand in every prompt of a batch.
+
+    Args: as `Answerer`; cache_dir: folder of preprocessed scans.
+    """
+
+    def __init__(self, *args, cache_dir=None):
+        super().__init__(*args)
+        self.cache_dir = cache_dir
+
+    def read(self, scan):
+        return self.processor.image_processor([scan], return_tensors="pt", cache_dir=self.cache_dir)
+
+    @torch.inference_mode()
+    def encode(self, scan):
+        """Visual tokens (N, D) and grid (1, 3)."""
+        patches, grid = (scan[name].to(self.model.device) for name in ("pixel_values_videos", "video_grid_thw"))
+        return self.model.model.get_video_features(patches, grid, return_dict=True).pooler_output[0], grid
+
+    def part(self, scan, number, total):
+        return [{"type": "volume"}]
+
+    def inputs(self, chats, scans):
+        """As the processor makes them of the same chats, but with encoded scans in place of patches."""
+        marks = [self.processor.video_token * len(features) for features, _ in scans] * len(chats)
+        texts, _ = self.processor.get_text_with_replacements(
+            [self.text(chat) for chat in chats], videos_replacements=marks
+        )
+        inputs = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
+        kinds = self.processor.create_mm_token_type_ids(inputs["input_ids"].tolist())
+        inputs = {**inputs, "mm_token_type_ids": torch.tensor(kinds)}
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        if scans:
+            features, grids = zip(*scans, strict=True)
+            encoded = BaseModelOutputWithPooling(pooler_output=list(features) * len(chats))
+            inputs |= {"mm_encoder_outputs": {"video": encoded}, "video_grid_thw": torch.cat(grids * len(chats))}
+        return inputs
+
+
+class SliceModel(Answerer):
+    """Any other model of images and text: it gets a scan as axial slices, through its own processor.
+
+    Args: as `Answerer`; slices, window, modality: as `axial_slices` takes them.
+    """
+
+    def __init__(self, *args, slices=16, window=(-160.0, 240.0), modality="auto"):
+        super().__init__(*args)
+        self.slices, self.window, self.modality = slices, window, modality
+
+    def read(self, scan):
+        path, options = scan["path"], {name: scan[name] for name in ("series", "frame") if name in scan}
+        return axial_slices(path, self.slices, self.window, self.modality, **options)
+
+    def part(self, scan, number, total):
+        label = [{"type": "text", "text": f"Scan {number}: "}] if total > 1 else []
+        return label + [{"type": "image", "image": image} for image in scan]
+
+    def inputs(self, chats, scans):
+        inputs = self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        return inputs.to(self.model.device, self.model.dtype)
+
+
+def prompt(row, scans, part):
+    """A row's chat without its answer, each place of a scan filled by `part(scan, number, total)`."""
+    numbered = iter(enumerate(scans, start=1))
+    messages = []
+    for message in row["messages"][:-1]:
+        content, pieces = [], message["content"]
+        for piece in [{"type": "text", "text": pieces}] if isinstance(pieces, str) else pieces:
+            if piece["type"] == "volume":
+                number, scan = next(numbered)
+                content += part(scan, number, len(scans))
+            else:
+                content.append({"type": "text", "text": piece["text"]})
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def load_model(source, device, *, revision=None, trust_remote_code=False, dtype="auto", modality="auto",
+               scheduling=None, scheduler="on", seed=0, max_new_tokens=64, cache_dir=None, slices=16,
+               window=(-160.0, 240.0)):  # fmt: skip
+    """A `VolumeModel` of a Photon checkpoint, a `SliceModel` of any other.
+
+    Args:
+        source: folder or Hub id. device: a `torch.device`. dtype: "auto" is float32 on a CPU.
+        scheduling: arguments of Photon's `generate`.
+        scheduler, seed: as `set_scheduler` takes them.
+        cache_dir: folder of preprocessed scans for Photon.
+        slices, window: how other models get a scan.
+    Raises: `RunError` where the checkpoint is no model or lacks weights, or another model is given a scheduler.
+    """
+    kind = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+    if kind is None:
+        raise RunError("--model has no config.json with a model_type; give a folder or Hub id of a model.")
+    photon = kind == PhotonConfig.model_type
+    if scheduling and not photon:
+        raise RunError(f"{', '.join(scheduling)}: only Photon has a scheduler, and --model is a {kind}; leave it out.")
+    options = {"revision": revision, "trust_remote_code": photon or trust_remote_code}
+    if photon:
+        fields = {"modality": modality} if modality != "auto" else {}
+        processor = load_processor(source, revision=revision, **fields)
+    else:
+        processor = AutoProcessor.from_pretrained(source, **options)
+    dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype  # bfloat16 is slower there
+    model, loaded = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, **options
+    )
+    absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
+    if absent:  # left at random, and its answers would be scored as if they were the model's
+        raise RunError(f"--model lacks {len(absent)} of its weights, or has them in another shape, {absent[0]} first.")
+    model = model.to(device).eval()
+    if photon:
+        set_scheduler(model, scheduler, seed)
+        return VolumeModel(processor, model, max_new_tokens, scheduling, cache_dir=cache_dir)
+    return SliceModel(processor, model, max_new_tokens, slices=slices, window=window, modality=modality)
+
+
+def set_scheduler(model, name, seed=0):
+    """Replaces the scheduler of a Photon model by the one of this name. "on" and "off" leave the model's own in place;
+    "off" is an argument of `generate`. seed: of what is drawn at random."""
+    if name in CONTROLS:
+        decoder = model.model.language_model
+        decoder.scheduler = ControlScheduler(decoder.scheduler, name, seed)

@@ -1,0 +1,70 @@
+"""A benchmark of one's own: one file and one registered line, as the docstring of the registry shows."""
+
+import importlib.util
+import json
+import re
+import textwrap
+
+import pytest
+
+import evaluate_hf
+from conftest import ROOT
+from photon.evaluation import benchmarks
+from photon.evaluation.benchmarks import BENCHMARKS
+from photon.evaluation.questions import load_benchmark
+from photon.rows import RowError
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """The example in the docstring, written to a file and registered; and the folder of its questions."""
+    example = re.search(r"\n\n((?:    .*\n|\n)+)\nand add", benchmarks.__doc__)[1]
+    assert len(example.strip().splitlines()) <= 25
+    file = tmp_path / "effusion.py"
+    file.write_text(textwrap.dedent(example))
+    spec = importlib.util.spec_from_file_location("effusion", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(BENCHMARKS, "effusion", module.Effusion())
+    folder = tmp_path / "data"
+    folder.mkdir()
+    records = [{"case": f"p{i}", "effusion": "yes" if i % 3 else "no"} for i in range(7)]
+    (folder / "effusion.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_a_new_benchmark_is_one_file_and_one_line(toy, capsys):
+    rows = load_benchmark("effusion", toy)
+    assert [row["answer"] for row in rows] == ["no", "yes", "yes", "no", "yes", "yes", "no"]
+    assert rows[0]["id"] == "effusion/p0" and rows[0]["volumes"] == [str(toy / "p0.nii.gz")]
+    texts = ["No.", "Yes, a small one", "no", "No", "I see none", "yes", ""]  # by its rule: 4 right, 2 not read
+    file = toy / "predictions.jsonl"
+    lines = [{"id": row["id"], "prediction": text} for row, text in zip(rows, texts, strict=True)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--benchmark", "effusion", "--data", str(toy), "--score", str(file), "--output", str(toy / "run")]
+    evaluate_hf.main([*command, "--bootstrap", "9"])
+    task = json.loads((toy / "run" / "scores.json").read_text())["scores"]["tasks"]["presence"]
+    assert task["figures"]["accuracy_micro"]["value"] == pytest.approx(4 / 7)
+    assert task["read"] == pytest.approx(5 / 7)
+    assert task["baselines"][0]["letter"] == "yes" and task["baselines"][0]["accuracy_micro"] == pytest.approx(4 / 7)
+    assert "| presence | 7 | accuracy_micro | 57.14" in capsys.readouterr().out
+    evaluate_hf.main([*command[:4], "--compare", str(file), str(file), "--bootstrap", "0"])
+    assert json.loads(capsys.readouterr().out)["tasks"]["presence"]["mcnemar"]["p"] == 1
+
+
+def test_its_faults_are_named_by_line(toy):
+    with open(toy / "effusion.jsonl", "a") as file:
+        file.write('{"case": "p7"}\n{"case": "p0", "effusion": "no"}\n{"case": "p8", "effusion": "maybe"}\n')
+    with pytest.raises(RowError) as caught:
+        load_benchmark("effusion", toy)
+    for part in ("line 8: no 'effusion'", "line 9: its id is that of", "line 10: its answer 'maybe' is none"):
+        assert f"effusion.jsonl {part}" in str(caught.value)
+
+
+def test_no_other_file_knows_a_benchmark_by_name():
+    """A name in quotes outside `benchmarks/` would be a test for it."""
+    files = [ROOT / "evaluate_hf.py", *(ROOT / "photon" / "evaluation").glob("*.py")]
+    assert len(files) > 10
+    for file in files:
+        code = re.sub(r'""".*?"""', "", file.read_text("utf-8"), flags=re.S)
+        assert not [name for name in BENCHMARKS if f'"{name}"' in code], file.name
