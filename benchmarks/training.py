@@ -106,11 +106,11 @@ def models(fields, device, dtype, attention="sdpa", checkpointing=True):
     with torch.device(device):
         photon = PhotonForConditionalGeneration._from_config(photon_config, **options)
         stock = Qwen2_5_VLForConditionalGeneration._from_config(stock_config, **options)
-    own = stock.state_dict()
+    stock_state = stock.state_dict()
     shared = {
         name: parameter
         for name, parameter in photon.state_dict(keep_vars=True).items()
-        if name in own and own[name].shape == parameter.shape
+        if name in stock_state and stock_state[name].shape == parameter.shape
     }
     stock.load_state_dict(shared, strict=False, assign=True)
     for model in (photon, stock):
@@ -133,7 +133,7 @@ def frame_patches(volume, config):
 
 
 def volume_patches(volume, config):
-    """The same for Photon, by its own processor."""
+    """The same for Photon, by its processor."""
     processor = PhotonVolumeProcessor(grid=volume.shape)
     return processor.patchify(volume), tuple(processor.grid_thw)
 
@@ -211,7 +211,7 @@ def train_step(variant, optimizer):
 
 
 def held_bytes(model, optimizer):
-    """Weights and their optimiser states, once there are any."""
+    """Bytes of the weights and of their optimiser states."""
     total = 0
     for parameter in model.parameters():
         tensors = (parameter, *optimizer.state.get(parameter, {}).values())
@@ -220,7 +220,7 @@ def held_bytes(model, optimizer):
 
 
 def allocated_bytes(function, device):
-    """The most that the function has allocated at a time, beyond what there was before."""
+    """The most bytes that the function has allocated at a time, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import SimpleITK as sitk
 import torch
 from safetensors.torch import load_file, save_file
 from test_training_data import GRID, SPACING, ask, say, write_rows
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import train_hf
 from conftest import ROOT, run_fresh
@@ -27,9 +28,14 @@ from photon.configuration_photon import PhotonConfig
 from photon.decoder_photon import PhotonTextModel
 from photon.loading import build_processor
 from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.training import saving
 from photon.training import trainer as photon_trainer
-from photon.training.data import Collator, load_rows
-from photon.training.trainer import Phases, group_of, score
+from photon.training.arguments import parse
+from photon.training.batches import Collator
+from photon.training.data import load_rows
+from photon.training.parts import four_bit, group_of
+from photon.training.phases import Phases
+from photon.training.trainer import score
 
 PATCH = "model.visual.patch_embed.proj.weight"
 TERMS = ("loss", "lm_loss", "band_loss", "kept", "kept_min", "kept_max", "threshold", "robust_rows", "flip_rows")
@@ -148,13 +154,14 @@ def assert_equal_logs(found, wanted, rel=1e-4):
 ])  # fmt: skip
 def test_a_step_changes_what_the_stage_names_and_nothing_else(arguments, model, monkeypatch, stage, more):
     before = {}
-    build = train_hf.build_trainer
+    load_model = train_hf.load_model
 
-    def remember(model_args, data_args, args, model, *rest):
-        before.update({name: p.detach().clone() for name, p in model.named_parameters()})
-        return build(model_args, data_args, args, model, *rest)
+    def remember(*args):
+        loaded = load_model(*args)
+        before.update({name: p.detach().clone() for name, p in loaded[0].named_parameters()})
+        return loaded
 
-    monkeypatch.setattr(train_hf, "build_trainer", remember)
+    monkeypatch.setattr(train_hf, "load_model", remember)
     # two steps: the first leaves LoRA's A as it is, since B is zero
     trainer = train_hf.main(arguments("run", *more, stage=stage))
     after = dict(trainer.model.named_parameters())
@@ -317,6 +324,39 @@ def test_token_labels_alone_leave_the_decoder_out(arguments, model, monkeypatch)
     assert changed == {name for name in before if ".visual." in name}
 
 
+def test_a_loss_is_one_new_file_and_one_line(arguments, tmp_path):
+    """The example in the docstring of `photon/training/losses/__init__.py`, in a copy of the repository."""
+    shutil.copytree(ROOT / "photon", tmp_path / "repo" / "photon", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*ROOT.glob("*.py"), ROOT / "chat_template.jinja"):
+        shutil.copy(file, tmp_path / "repo")
+    registry = tmp_path / "repo" / "photon" / "training" / "losses" / "__init__.py"
+    text = registry.read_text()
+    example = re.search(r"confident answers:\n\n(.*?)\n\n\S", text, re.S)[1]
+    (registry.parent / "sharpness.py").write_text(textwrap.dedent(example) + "\n")
+    mark = "# the registered losses: a new one is one more line here\n"
+    assert mark in text
+    registry.write_text(
+        text.replace(mark, mark + "from photon.training.losses.sharpness import SharpnessLoss  # noqa: F401\n")
+    )
+    for name, more in (("toy", ["--sharpness-weight", "0.5"]), ("without", [])):
+        more += ["--save-strategy", "steps", "--save-steps", "1", "--optim", "sgd", "--learning-rate", "10", *HARD]
+        command = [sys.executable, str(tmp_path / "repo" / "train_hf.py"), *arguments(name, *more, steps=1)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        named = ", sharpness_loss 0.5" if name == "toy" else ""
+        assert f"weights of losses: lm_loss 1, band_loss 1{named}\n" in done.stderr
+    log, plain = (
+        json.loads((tmp_path / name / "checkpoint-1" / "trainer_state.json").read_text())["log_history"][0]
+        for name in ("toy", "without")
+    )
+    assert 0 < log["sharpness_loss"] < 0.25 and "sharpness_loss" not in plain
+    assert log["loss"] == pytest.approx(plain["loss"] + 0.5 * log["sharpness_loss"], rel=1e-3)
+    name = "model.language_model.scheduler.predictor.mlp.2.bias"
+    toy, without = (load_file(tmp_path / run / "final" / "model.safetensors")[name] for run in ("toy", "without"))
+    assert (toy - without).abs() > 1e-3  # its gradient reaches the scheduler
+    assert json.loads((tmp_path / "toy" / "run.json").read_text())["sharpness_weight"] == 0.5
+
+
 # === Several ranks ===================================================================================================
 
 
@@ -395,7 +435,8 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from photon.training.data import Collator, load_rows
+from photon.training.batches import Collator
+from photon.training.data import load_rows
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
 model_ = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).train()
@@ -428,7 +469,7 @@ def test_sharded_ranks_equal_one_process(model, data, tmp_path):
     launch([str(part) for part in (tmp_path / "sharded.py", ROOT, model, rows, cache, tmp_path / "many.safetensors")])
     one = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32).train()
     one.set_scheduler_phase("hard")
-    processor = train_hf.AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
     batch = Collator(processor, 500, cache)(list(load_rows(rows)))
     batch = {name: value for name, value in batch.items() if name not in ("volume_count", "example")}
     before = {name: parameter.detach().clone() for name, parameter in one.named_parameters()}
@@ -454,7 +495,7 @@ def logits_of(model, inputs):
 @pytest.fixture
 def inputs(model, data):
     """A batch of prompts with answers, without what the trainer takes out."""
-    processor = train_hf.AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
     rows = load_rows(data / "train.jsonl")
     batch = Collator(processor, 500, cache_dir=data / "cache")([rows[0], rows[2], rows[3]])
     return {name: batch[name] for name in batch if name not in ("labels", "volume_count", "example")}
@@ -569,7 +610,7 @@ def test_the_final_folder_alone_goes_to_the_hub(arguments, tmp_path, monkeypatch
         def upload_folder(self, repo_id, folder_path, commit_message):
             calls.append((repo_id, folder_path, sorted(path.name for path in folder_path.glob("*.json"))))
 
-    monkeypatch.setattr(train_hf, "HfApi", Hub)
+    monkeypatch.setattr(saving, "HfApi", Hub)
     more = ["--push-to-hub", "--hub-model-id", "tiny", "--hub-private-repo", "true", "--hub-token", "t"]
     train_hf.main(arguments("run", *more, stage="align", steps=1))
     assert calls[:2] == ["t", ("tiny", True)] and calls[2][:2] == ("someone/tiny", tmp_path / "run" / "final")
@@ -645,7 +686,7 @@ def test_evidence_beyond_the_label_maps_is_refused(arguments, classes, seen):
 ])  # fmt: skip
 def test_arguments_that_do_not_go_together(arguments, capsys, more, message):
     with pytest.raises(SystemExit):
-        train_hf.parse(arguments("run", *more))
+        parse(arguments("run", *more))
     assert message in capsys.readouterr().err
 
 
@@ -670,13 +711,13 @@ def test_arguments_from_a_file_and_the_line(arguments, tmp_path, capsys):
         "model: m\nstage: tune\ntrain_data: d.jsonl\noutput_dir: out\nlearning_rate: 1e-5\nhard_start: 0.5\n"
         "photon:\n  scheduler_layer: -1\n  saliency: attention\nuse_cpu: true\nlora: true\n"
     )
-    model_args, data_args, args = train_hf.parse([str(recipe), "--stage", "dense", "--max-steps", "7"])
+    model_args, data_args, _, args = parse([str(recipe), "--stage", "dense", "--max-steps", "7"])
     assert (model_args.model, model_args.stage, model_args.lora) == ("m", "dense", True)
     assert model_args.photon == ["scheduler_layer=-1", 'saliency="attention"']
     assert (args.learning_rate, args.hard_start, args.max_steps, data_args.train_data) == (1e-5, 0.5, 7, "d.jsonl")
     recipe.write_text("model: m\nlearning_rat: 1\n")
     with pytest.raises(SystemExit):
-        train_hf.parse([str(recipe)])
+        parse([str(recipe)])
     assert "unknown arguments: learning_rat" in capsys.readouterr().err
 
 
@@ -688,7 +729,7 @@ def test_training_on_some_tasks(arguments, tmp_path):
 def test_four_bits_need_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
-        train_hf.four_bit()
+        four_bit()
 
 
 @pytest.mark.parametrize(
@@ -697,9 +738,9 @@ def test_four_bits_need_bitsandbytes(monkeypatch):
 def test_recipes_are_arguments(recipe, tmp_path):
     more = ["--model", "m", "--train-data", "d", "--eval-data", "e", "--output-dir", str(tmp_path), "--use-cpu"]
     path = ROOT / "configs" / f"recipe_{recipe}.yaml"
-    model_args, data_args, args = train_hf.parse([str(path), *more, "--bf16", "false"])
+    model_args, _, loss_args, args = parse([str(path), *more, "--bf16", "false"])
     assert model_args.stage == ("align" if recipe == "align" else "tune" if "tune" in recipe else "dense")
-    assert model_args.lora == (recipe == "tune_lora") and data_args.token_labels == (recipe == "tiny_tower")
+    assert model_args.lora == (recipe == "tune_lora") and loss_args.token_labels == (recipe == "tiny_tower")
     if model_args.stage == "tune":
         config = PhotonConfig()
         assert Phases.of(config, args, 32_000).hard == (4800 if recipe == "tiny_tune" else 8000)

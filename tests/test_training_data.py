@@ -17,12 +17,16 @@ from transformers import AutoTokenizer
 
 from conftest import ROOT, tiny_config
 from photon.loading import build_processor
+from photon.objectives_photon import Objective
 from photon.rows import RowError
 from photon.scan_grid_photon import Geometry
 from photon.training import data as training_data
 from photon.training import perturbations
-from photon.training.data import Collator, ScanSampler, check_files, check_rows, load_rows
-from photon.training.token_labels import TokenHead, TokenLabels, evidence_losses, evidence_tokens
+from photon.training.batches import Collator, ScanSampler
+from photon.training.data import check_files, check_rows, load_rows
+from photon.training.losses.evidence import evidence_losses, evidence_tokens
+from photon.training.losses.label_maps import LabelMapArguments, LabelMapLoss, TokenLabels
+from photon.training.losses.token_labels import TokenHead
 
 GRID, SPACING = (28, 56, 84), (5.0, 3.0, 2.0)  # 2 x 2 x 3 = 12 tokens
 
@@ -182,7 +186,7 @@ def test_all_missing_scans_are_listed_without_their_names(folder, rows):
     assert message.startswith("40 rows") and "Smith" not in message
     assert all(f"missing.jsonl line {number}: scan 1 of 2 is missing" in message for number in range(2, 42))
     with pytest.raises(RowError, match="line 1: no 'labels'"):
-        check_files(rows, token_labels=True)
+        check_files(rows, label_maps=True)
 
 
 def test_lengths_are_those_of_the_batch_and_cut_answers_are_refused(rows, processor):
@@ -320,15 +324,15 @@ def test_draws_have_the_shares_of_the_config():
     many = 20_000
     kinds, spoilt = perturbations.draw_rows(rule, 7, 11, range(many), [1] * many, flips=True)
     count = Counter(kinds)
-    assert abs(count["robust"] / many - 0.25) < 0.01 and abs(count["flip"] / many - 0.1) < 0.01
+    assert abs(count[Objective.ROBUST] / many - 0.25) < 0.01 and abs(count[Objective.FLIP] / many - 0.1) < 0.01
     shares = Counter(kind for kind in spoilt if kind is not None)
     for kind, share in enumerate(rule.robust_shares):
-        assert abs(shares[kind] / count["robust"] - share) < 0.02
-    assert all((kind == "robust") == (how is not None) for kind, how in zip(kinds, spoilt, strict=True))
+        assert abs(shares[kind] / count[Objective.ROBUST] - share) < 0.02
+    assert all((kind == Objective.ROBUST) == (how is not None) for kind, how in zip(kinds, spoilt, strict=True))
     kinds, _ = perturbations.draw_rows(rule, 7, 11, range(many), [1] * many, flips=False)
-    assert "flip" not in kinds and Counter(kinds)["robust"] == count["robust"]
+    assert Objective.FLIP not in kinds and Counter(kinds)[Objective.ROBUST] == count[Objective.ROBUST]
     kinds, _ = perturbations.draw_rows(rule, 7, 11, range(many), [0] * many, flips=True)
-    assert set(kinds) == {"answer"}
+    assert set(kinds) == {Objective.ANSWER}
 
 
 def test_a_draw_follows_from_seed_step_and_row_alone():
@@ -439,11 +443,16 @@ def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         labels = TokenLabels(processor.image_processor, 4, cache)
         torch.testing.assert_close(labels(row, 0), wanted, atol=1e-3, rtol=0)
-    batch = Collator(processor, 1000, cache_dir=tmp_path / "cache", token_labels=labels)([row])
-    assert [target.shape for target in batch["token_targets"]] == [(12, 4, 2, 4)]
+
+    def loss(classes, *cache):
+        Loss = type("Loss", (LabelMapLoss,), {"weight": "token_label_classes"})
+        return Loss(LabelMapArguments(classes), None, processor, *cache)
+
+    batch = Collator(processor, 1000, tmp_path / "cache", losses=[loss(4, tmp_path / "cache")])([row])
+    assert [target.shape for target in batch["targets"]["token_targets"]] == [(12, 4, 2, 4)]
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1  # head and collator share the prepared scan
     with pytest.raises(RowError, match="row.jsonl line 1: a label map holds labels up to 2"):
-        Collator(processor, 1000, token_labels=TokenLabels(processor.image_processor, 2))([row])
+        Collator(processor, 1000, losses=[loss(2)])([row])
 
 
 def test_evidence_is_what_a_token_holds_of_the_labels_asked_about():

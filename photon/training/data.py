@@ -1,30 +1,26 @@
-"""Questions about scans, from a JSONL file or a Hub data set to the model's inputs, for training and evaluation.
+"""Questions about scans, from a JSONL file or a Hub data set to rows of one shape, for training and evaluation.
 
-A row has `messages` (a chat whose last turn is the assistant's) and `volumes` (a path for each scan, from the file's
-own folder or `volume_root`). In a content list `{"type": "volume"}` stands where a scan goes; in plain text `<volume>`
-or `<video>` does. `videos` is another name of `volumes`, as in the authors' release. Optional: `id`, `task`, `answer`,
-for `--token-labels` `labels` and `lesions` (label maps beside the scans), and for `--evidence-weight` `labels` and
-`evidence` (the values in them that the question is about).
+A row has `messages` (a chat whose last turn is the assistant's) and `volumes` (a path for each scan, relative to the
+file's folder or to `volume_root`). `{"type": "volume"}` in a content list marks the place of a scan, `<volume>` or
+`<video>` in plain text. `videos` is another name of `volumes`, as in the authors' release. Optional: `id`, `task`,
+`answer`, for `--token-labels` `labels` and `lesions` (label maps beside the scans), and for `--evidence-weight`
+`labels` and `evidence` (the values in them that the question is about).
 
 - `load_rows`: rows with one shape, every fault named by file and line before training starts;
-- `check_files`, `check_rows`: scans that are missing; rows that are too long or leave nothing to learn;
-- `ScanSampler`: the order of rows in which questions on one scan come together, and like rows in a batch;
-- `Collator`: rows to a batch, padded on the left, labels on the assistant's tokens alone.
-Scans stay paths until the collator. Messages name a row by its file and line, never by its scan.
+- `check_files`, `check_rows`: scans that are missing; rows that are too long or leave nothing to learn.
+`photon.training.batches` makes batches of them. Messages name a row by its file and line, never by its scan.
 """
 
-import json
 import os
-import random
 import re
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
-from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from photon.rows import RowError, build_rows, kind_of, read_rows
+from photon.training.batches import conversation
 
 MARK = re.compile(r"<volume>|<video>")
 ROLES = ("system", "user", "assistant")
@@ -50,13 +46,14 @@ FEATURES = Features(
 # === Rows ============================================================================================================
 
 
-def load_rows(source, split=None, volume_root=None):
+def load_rows(source, split=None, volume_root=None, columns=None):
     """Rows of one shape (`FEATURES`) from a JSONL file, or from a data set of the Hub.
 
     Args:
         source: path of a .jsonl file, or a Hub id.
         split: of a Hub data set; default "train".
-        volume_root: folder from which relative paths of scans count; default the file's own.
+        volume_root: folder to which relative paths of scans belong; default the file's.
+        columns: {name: feature of `datasets`} of further columns to keep; null where a row has none.
     Raises: `RowError` with each faulty row's file and line.
     """
     path = Path(source)
@@ -72,8 +69,13 @@ def load_rows(source, split=None, volume_root=None):
         data = load_dataset(str(source), split=split)
         root = Path() if volume_root is None else Path(volume_root)
         records = ((f"{source} {split} row {number}", record) for number, record in enumerate(data))
+    columns = columns or {}
+
+    def build(record):
+        return {name: record.get(name) for name in columns} | _row(record, root)
+
     rows, faults = [], []
-    for where, row in build_rows(records, lambda record: _row(record, root)):
+    for where, row in build_rows(records, build):
         if isinstance(row, RowError):
             faults.append(f"{where}: {row}")
         else:
@@ -82,7 +84,7 @@ def load_rows(source, split=None, volume_root=None):
         raise RowError.of(faults, "faulty rows")
     if not rows:
         raise RowError(f"{path.name} holds no rows; expected one JSON object a line.")
-    return Dataset.from_list(rows, features=FEATURES)
+    return Dataset.from_list(rows, features=Features(columns | FEATURES))
 
 
 def _row(record, root):
@@ -187,27 +189,27 @@ def _text(message):
 # === Checks before training ==========================================================================================
 
 
-def check_files(rows, token_labels=False):
-    """Raise `RowError` that lists every row with a scan, or a label map, that is not there."""
-    faults, exists = [], {}
+def check_files(rows, label_maps=False):
+    """Raises `RowError` that lists every row with a scan, or a label map, whose file does not exist."""
+    faults, known = [], {}
 
-    def there(path):
-        if path not in exists:
-            exists[path] = os.path.exists(path)
-        return exists[path]
+    def exists(path):
+        if path not in known:
+            known[path] = os.path.exists(path)
+        return known[path]
 
     for row in rows.select_columns(["where", "volumes", "labels", "lesions"]):
         paths = [(f"scan {i}", volume["path"]) for i, volume in enumerate(row["volumes"], start=1)]
-        if token_labels:
+        if label_maps:
             if len(row["labels"]) != len(row["volumes"]):
-                faults.append(f"{row['where']}: no 'labels', which token labels need")
+                faults.append(f"{row['where']}: no 'labels', which a loss from label maps needs")
             for name in ("labels", "lesions"):
                 paths += [(f"{name} {i}", path) for i, path in enumerate(row[name], start=1)]
-        missing = [f"{name} of {len(row['volumes'])}" for name, path in paths if not there(path)]
+        missing = [f"{name} of {len(row['volumes'])}" for name, path in paths if not exists(path)]
         if missing:
             faults.append(f"{row['where']}: {', '.join(missing)} is missing")
     if faults:
-        raise RowError("\n  ".join([f"{len(faults)} rows name files that are not there:", *faults]))
+        raise RowError("\n  ".join([f"{len(faults)} rows name files that do not exist:", *faults]))
 
 
 def check_rows(rows, processor, max_length, batch=256):
@@ -228,7 +230,7 @@ def check_rows(rows, processor, max_length, batch=256):
             return_assistant_tokens_mask=True,
         )
         for row, ids, mask in zip(part, encoded["input_ids"], encoded["assistant_masks"], strict=True):
-            length = len(ids) + len(row["volumes"]) * (visual - 1)  # one placeholder stands there already
+            length = len(ids) + len(row["volumes"]) * (visual - 1)  # one placeholder of each is counted already
             lengths.append(length)
             if length > max_length:
                 faults.append(
@@ -242,159 +244,3 @@ def check_rows(rows, processor, max_length, batch=256):
     if faults:
         raise RowError.of(faults, "rows cannot be learned from")
     return lengths
-
-
-# === Batches =========================================================================================================
-
-
-def conversation(row, answer=True):
-    """A row's chat as the processor takes it; without the last turn if not `answer`."""
-    volumes = iter(row["volumes"])
-
-    def part(content):
-        if content["type"] == "text":
-            return {"type": "text", "text": content["text"]}
-        return {"type": "volume", **reading(next(volumes))}
-
-    messages = [{"role": m["role"], "content": [part(c) for c in m["content"]]} for m in row["messages"]]
-    return messages if answer else messages[:-1]
-
-
-def reading(volume):
-    """A row's scan as the volume processor takes it: its path, and what to read from there."""
-    out = {key: value for key, value in volume.items() if value is not None}
-    if out.get("series", "").isdecimal():
-        out["series"] = int(out["series"])  # a number in the list of series
-    return out
-
-
-class ScanSampler(Sampler):
-    """Rows in random order, but those on one scan up to `together` at a time, so that a batch encodes it once, and
-    batches of rows with equally many scans, so that a comparison of two does not pad the others to twice their length.
-
-    Args: rows with `volumes`; together; batch, rows of a batch; seed, the order follows from it and from the epoch.
-    """
-
-    def __init__(self, rows, together, batch, seed):
-        self.together, self.batch, self.seed, self.epoch = together, batch, seed, 0
-        self.kinds = {}  # {number of scans: {scans: [numbers of rows]}}
-        for number, volumes in enumerate(rows["volumes"]):
-            scans = self.kinds.setdefault(len(volumes), {})
-            scans.setdefault(json.dumps(volumes) if volumes else number, []).append(number)
-
-    def __len__(self):
-        return sum(len(numbers) for scans in self.kinds.values() for numbers in scans.values())
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        chance = random.Random(f"{self.seed},{self.epoch}")
-        batches, rest = [], []
-        for scans in self.kinds.values():
-            groups = []
-            for numbers in scans.values():
-                numbers = chance.sample(numbers, len(numbers))
-                groups += [numbers[begin : begin + self.together] for begin in range(0, len(numbers), self.together)]
-            chance.shuffle(groups)
-            numbers = [number for group in groups for number in group]
-            whole = len(numbers) - len(numbers) % self.batch
-            batches += [numbers[begin : begin + self.batch] for begin in range(0, whole, self.batch)]
-            rest += numbers[whole:]
-        chance.shuffle(batches)
-        return (number for numbers in [*batches, rest] for number in numbers)
-
-
-class Collator:
-    """Rows to a batch: what the processor returns, padded on the left, and beside it
-
-    - `labels` (B, S): the assistant's tokens, -100 elsewhere (`answers=True`; else the prompt alone is given);
-    - `volume_count` (B,): scans of each row;
-    - `example` (B,): number of each row in the data set;
-    - `volume_index`: a scan that several rows ask about is given, and encoded, once (see `PhotonModel.forward`);
-    - `token_targets`, with `token_labels`: for each scan (T, P, 2, C), what each patch of its visual tokens holds;
-      `evidence`: for each row a list of the labels that it asks about.
-
-    Args:
-        max_length: longer rows are refused; nothing is ever cut.
-        cache_dir: folder where scans are kept preprocessed, in float16; `None` reads them each time.
-        token_labels: a `TokenLabels`, or `None`.
-    """
-
-    def __init__(self, processor, max_length, cache_dir=None, answers=True, token_labels=None):
-        self.processor, self.max_length, self.cache_dir = processor, max_length, cache_dir
-        self.answers, self.token_labels = answers, token_labels
-
-    def __call__(self, rows):
-        try:
-            return self._batch(rows)
-        except RowError:
-            raise
-        except ValueError as error:  # of a scan that cannot be read, say
-            for row in rows if len(rows) > 1 else ():
-                self([row])  # raises with the one row's place
-            raise RowError(f"{rows[0]['where']}: {error}") from error
-
-    def _batch(self, rows):
-        batch = self._encode(rows)
-        lengths = batch["attention_mask"].sum(-1).tolist()
-        for row, length in zip(rows, lengths, strict=True):
-            if length > self.max_length:
-                raise RowError(f"{row['where']}: {length} tokens, but max_length is {self.max_length}; nothing is cut")
-        if self.answers:
-            learned = batch.pop("assistant_masks").bool()
-            batch["labels"] = batch["input_ids"].masked_fill(~learned, -100)
-            for row, some in zip(rows, learned.any(-1).tolist(), strict=True):
-                if not some:
-                    raise RowError(
-                        f"{row['where']}: all labels are masked; the chat template marks no assistant token"
-                    )
-        batch["volume_count"] = torch.tensor([len(row["volumes"]) for row in rows])
-        batch["example"] = torch.tensor([row["example"] for row in rows])
-        if self.token_labels is not None and batch["volume_count"].any():
-            scans = [(row, number) for row in rows for number in range(len(row["volumes"]))]
-            index = batch["volume_index"].tolist()
-            first = [scans[index.index(volume)] for volume in range(max(index) + 1)]
-            batch["token_targets"] = [self.token_labels(row, number) for row, number in first]
-            batch["evidence"] = [row["evidence"] for row in rows]
-        return dict(batch)
-
-    def _encode(self, rows):
-        chats = [conversation(row, self.answers) for row in rows]
-        batch = self.processor.apply_chat_template(
-            chats,
-            add_generation_prompt=not self.answers,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "cache_dir": self.cache_dir, "share_volumes": True},
-        )
-        if self.answers:
-            batch["assistant_masks"] = self._assistant_masks(chats, batch)
-        return batch
-
-    def _assistant_masks(self, chats, batch):
-        """(B, S): the assistant's tokens. From the chats with one mark a scan, since the processor's own mask, made of
-        places in texts with all marks, takes longer than everything else here."""
-        mark = self.processor.video_token_id
-        encoded = self.processor.tokenizer.apply_chat_template(
-            chats,
-            chat_template=self.processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        grids = batch.get("video_grid_thw", torch.zeros(0, 3, dtype=torch.long))
-        tokens = iter((grids.prod(-1) // self.processor.image_processor.merge_size**2).tolist())
-        masks = torch.zeros_like(batch["input_ids"])
-        for row, (ids, mask) in enumerate(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)):
-            ids, mask = torch.tensor(ids), torch.tensor(mask)
-            times = torch.ones_like(ids)
-            times[ids == mark] = torch.tensor(
-                [next(tokens) for _ in range(int((ids == mark).sum()))], dtype=torch.long
-            )
-            real = batch["attention_mask"][row].bool()
-            if not torch.equal(ids.repeat_interleave(times), batch["input_ids"][row][real]):
-                raise RuntimeError("the tokenizer splits a prompt otherwise when a scan has many marks")
-            masks[row, real] = mask.repeat_interleave(times)
-        return masks

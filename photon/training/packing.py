@@ -1,42 +1,41 @@
 """Several questions on one scan in one row, which then passes through the decoder once (`--pack-questions`).
 
-A scan's tokens do not see the question behind them, so they are the same for every question: what is in front of the
-questions is kept once, each question sees it and itself, and stands at the positions that it would have alone. Loss
-and gradients are those of the single rows. A scan of 1,000 tokens and ten questions of 80 make 1,800 tokens, not
-10,800.
-It is exact only while nothing is deleted, since a question keeps tokens of its own: `--stage dense`.
+A scan's tokens do not attend to the question behind them, so they are the same for every question. The row holds what
+precedes the questions once. Each question attends to that and to itself, at the positions that it would have alone.
+Loss and gradients equal those of single rows. A scan of 1,000 tokens and ten questions of 80 make 1,800 tokens, not
+10,800. This is exact only while nothing is deleted, because each question keeps different tokens: `--stage dense`.
 """
 
 import torch
 
 
 def pack_questions(batch, positions, vision_end):
-    """Rows with the same scans joined.
+    """Arguments of the model in which rows with the same scans are joined.
 
     Args:
         batch: of the `Collator`: input_ids, attention_mask, mm_token_type_ids, labels (B, S), volume_count (B,), and
             with scans volume_index (P,) and video_grid_thw (P, 3).
         positions (3, B, S): of `PhotonModel.get_rope_index`.
-        vision_end: id of the mark behind a scan; up to the last one of a row is what its questions share.
+        vision_end: id of the mark behind a scan; a row's questions share everything up to its last one.
     Returns: arguments of the model for G <= B rows, padded on the right: position_ids (3, G, L), attention_mask
-        (G, 1, L, L) bool, True where seen, and the others as given.
+        (G, 1, L, L) bool, True where a query attends to a key, and the others as given.
     Raises: `ValueError` where rows with the same scans differ in front of the question.
     """
     counts, index = batch["volume_count"].tolist(), batch.get("volume_index")
     scans = [()] * len(counts) if index is None else [tuple(p.tolist()) for p in index.split(counts)]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
     groups, texts = {}, 0
-    for row, seen in enumerate(scans):
-        texts += not seen
-        groups.setdefault(seen or ("text", texts), []).append(row)
+    for row, shown in enumerate(scans):
+        texts += not shown
+        groups.setdefault(shown or ("text", texts), []).append(row)
     joined = [_join(batch, positions, rows, vision_end) for rows in groups.values()]
     length = max(len(part["owner"]) for part in joined)
     fills = {"input_ids": 0, "mm_token_type_ids": 0, "labels": -100, "owner": -1}
     packed = {name: torch.stack([_padded(part[name], length, fills[name]) for part in joined]) for name in fills}
     owner = packed.pop("owner")  # (G, L): 0 in front of the questions, then the question's number; -1 padding
     earlier = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
-    seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
-    packed["attention_mask"] = (earlier & seen)[:, None]
+    visible = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
+    packed["attention_mask"] = (earlier & visible)[:, None]
     packed["position_ids"] = torch.stack([_padded(part["positions"], length, 0) for part in joined], dim=1)
     if index is not None:
         places = [starts[rows[0]] + place for rows in groups.values() for place in range(counts[rows[0]])]
