@@ -192,6 +192,7 @@ def _source(volume):
     """A scan and its reading options, from a content part or from the scan itself."""
     if not isinstance(volume, dict):
         return volume, {}
+    volume = {key: value for key, value in volume.items() if value is not None}  # Arrow fills absent keys so
     named = [key for key in ("path", "volume") if key in volume]
     unknown = set(volume) - {"type", "path", "volume", *READ_OPTIONS}
     if len(named) != 1 or unknown:
@@ -290,7 +291,7 @@ class PhotonProcessor(ProcessorMixin):
         images, videos, audios, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
         rows = [
             [
-                {key: part[key] for key in part if key != "type"}
+                {key: value for key, value in part.items() if key != "type" and value is not None}
                 for message in conversation
                 if not isinstance(message.get("content"), str)
                 for part in message.get("content") or ()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from datasets import Dataset
 from transformers import AutoProcessor
 
 from conftest import ROOT, real
@@ -108,6 +109,34 @@ def test_every_way_to_name_a_scan(processor, tmp_path):
     direct = processor(text=prompt, volumes=image, return_tensors="pt")
     for key, value in tensors[2].items():
         assert torch.equal(direct[key], value), key
+
+
+def test_none_is_an_absent_key_everywhere_in_a_chat(processor, tmp_path):
+    """A chat that went through `datasets.Dataset`: Arrow gives every part every key, `None` where it had none."""
+    sitk.WriteImage(scan(1), str(tmp_path / "a.nii.gz"))
+    first = {"type": "volume", "path": str(tmp_path / "a.nii.gz")}
+    part = {"type": "volume", "path": str(tmp_path / "a.nii.gz"), "frame": 0}
+    text = {"type": "text", "text": "Is it larger?"}
+    rows = [
+        [
+            {"role": "user", "content": [*parts, text]},
+            {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+        ]
+        for parts in ([first, part], [part])
+    ]
+    through = [row["messages"] for row in Dataset.from_list([{"messages": row} for row in rows])]
+    assert through[0][0]["content"][0] == {"type": "volume", "path": first["path"], "frame": None, "text": None}
+    plain, arrow = encode(processor, rows, padding=True), encode(processor, through, padding=True)
+    assert plain.keys() == arrow.keys()
+    for name in plain:
+        assert torch.equal(plain[name], arrow[name]), name
+    volumes = [{"path": None, "volume": scan(1), "series": None, "frame": None}]
+    direct = processor.image_processor(volumes, return_tensors="pt")["pixel_values_videos"]
+    assert torch.equal(direct, processor.image_processor([scan(1)], return_tensors="pt")["pixel_values_videos"])
+    empty = processor.apply_chat_template([{"role": "user", "content": None}], tokenize=False)
+    assert empty == processor.apply_chat_template([{"role": "user", "content": []}], tokenize=False)
+    with pytest.raises(ValueError, match="A volume is"):
+        processor.image_processor([{"path": None, "volume": None}])
 
 
 def test_return_tensors(processor):
