@@ -1,7 +1,9 @@
 """Photon's decoder: Qwen2.5-VL's, with one cut.
 
-- `PhotonDecoderLayer`, at the scheduling layer: also returns the queries and keys by which tokens are scored;
-- `PhotonTextModel.forward`: the branch that scores, cuts, and goes on with the short sequence;
+- `CutDecoder`: the loop over a decoder's layers that scores, cuts, and goes on with the short sequence. It knows
+  nothing of Qwen2.5-VL; a decoder of another family mixes it in and gives it a scoring layer;
+- `PhotonDecoderLayer`: Qwen2.5-VL's layer, which also gives the queries and keys by which tokens are scored;
+- `PhotonTextModel`: the two together;
 - `PhotonCache`: a key-value cache that knows what was cut from it.
 """
 
@@ -22,22 +24,25 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_photon import PhotonConfig
+from .prompt_photon import real_places
 from .scheduling_photon import (
     Float32Linear,
+    ScanRequest,
+    ScheduleFields,
+    SchedulerInputs,
     TokenScheduler,
     cut_index,
-    gate_mask,
     gather_places,
-    masked_index,
     scatter_places,
-    soft_weight,
-    surrogate_gather,
 )
+from .scheduling_surrogate_photon import gate_mask, soft_weight, surrogate_gather
+
+# === The cache =======================================================================================================
 
 
 @dataclass
 class Cut:
-    """What a cache must remember of its cut."""
+    """What a cache remembers of its cut."""
 
     mask: torch.Tensor  # (B, S') bool: which places of the short prompt are real
     dropped: int  # S - S': by how much the short prompt is shorter
@@ -60,7 +65,7 @@ class Cut:
 
 
 class PhotonCache(DynamicCache):
-    """A `DynamicCache` whose length is the number of tokens seen, also where some were cut from it.
+    """A `DynamicCache` whose length is the number of tokens of the conversation, including those cut from it.
 
     After a prompt with scans `cache.cut` tells which visual tokens stayed; generation returns the cache as
     `past_key_values` with `return_dict_in_generate=True`.
@@ -81,214 +86,133 @@ class PhotonCache(DynamicCache):
         self.cut = self.rope_deltas = None
 
 
-@dataclass
-class PhotonModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    `last_hidden_state` is (B, S', D), S' the longest row after the cut; B rows, V visual tokens of the richest row.
+# === The cut =========================================================================================================
 
-    Args:
-        keep_mask (`torch.BoolTensor` of shape `(B, V)`): which visual tokens stayed, in the order of the prompt.
-        keep_prob (`torch.FloatTensor` of shape `(B, V)`): their keep probabilities.
-        threshold (`torch.FloatTensor` of shape `(B, 1)`): 0 to `config.threshold_max`.
-        saliency (`torch.FloatTensor` of shape `(B, V)`): 0 to 1 over a row's visual tokens.
-        saliency_logits (`torch.FloatTensor` of shape `(B, V)`): the same before min-max scaling.
-        visual_count (`torch.LongTensor` of shape `(B,)`): visual tokens of each row before the cut.
-        keep_index (`torch.LongTensor` of shape `(B, S')`): place in the prompt of each place of the short sequence,
-            -1 for padding. `None` where nothing was cut.
+
+class CutDecoder:
+    """Runs a decoder's layers with one cut among them. Mixed into a text model of transformers.
+
+    It uses the model's `config`, `layers`, `rotary_emb(states, position_ids)`, and
+    - `photon`: the `PhotonConfig`, whose `scheduler_layer` is the last layer on the whole sequence;
+    - `scheduler`: maps `SchedulerInputs` to a `Schedule`; `scheduler_phase`: "dense", "soft" or "hard", in training;
+    - `layers[scoring_layer]`: also takes `score=` and `score_only=`, as `PhotonDecoderLayer` does.
     """
 
-    keep_mask: torch.BoolTensor | None = None
-    keep_prob: torch.FloatTensor | None = None
-    threshold: torch.FloatTensor | None = None
-    saliency: torch.FloatTensor | None = None
-    saliency_logits: torch.FloatTensor | None = None
-    visual_count: torch.LongTensor | None = None
-    keep_index: torch.LongTensor | None = None
+    @property
+    def scoring_layer(self):
+        return max(self.photon.scheduler_layer, 0)
 
+    def run_layers(
+        self, hidden_states, attention_mask, position_ids, text_positions, past_key_values, scan, **options
+    ):
+        """The layers' output.
 
-class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
-    """The scheduling layer. Scores are taken inside its forward, where sharded weights are at hand; with
-    `look_gradient` they carry one."""
-
-    def __init__(self, config, layer_idx, look_gradient=False):
-        super().__init__(config, layer_idx)
-        self.look_gradient = look_gradient
-
-    def forward(self, hidden_states, *args, look_at=None, look_only=False, position_embeddings=None, **kwargs):
+        Args: hidden_states (B, S, D) embeddings; attention_mask (B, S) or as the model takes it; position_ids
+            (3, B, S) or what `rotary_emb` takes, places last; text_positions (B, S) or `None`; scan: `ScanRequest`, or
+            `None` to cut nothing; options: of each layer.
+        Returns: hidden states (B, S', D) before the last norm, `Schedule` or `None`, keep_index (B, S') or `None`.
         """
-        Args: look_at: (question_index (B, Q), visual_index (B, V)), places whose queries and keys are wanted.
-            look_only: without running the layer.
-        Returns: hidden states (`None` if `look_only`), and with `look_at` queries (B, H, Q, d), question keys
-            (B, G, Q, d), visual keys (B, G, V, d).
-        """
-        with torch.set_grad_enabled(self.look_gradient and torch.is_grad_enabled()):
-            looks = () if look_at is None else self.look(hidden_states, position_embeddings, *look_at)
-        if look_only:
-            return None, *looks
-        hidden_states = super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        return (hidden_states, *looks) if looks else hidden_states
+        embeddings = self.rotary_emb(hidden_states, position_ids)
 
-    def look(self, hidden_states, position_embeddings, question_index, visual_index):
-        def project(linear, index):  # (B, S, D) -> (B, heads, N, d)
-            normed = self.input_layernorm(gather_places(hidden_states, index))
-            return linear(normed).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
-
-        def rotate(query, key, index):
-            return apply_rotary_pos_emb(query, key, *(gather_places(part, index) for part in position_embeddings))
-
-        attention = self.self_attn
-        keys = project(attention.k_proj, visual_index)
-        queries, question_keys = rotate(
-            project(attention.q_proj, question_index), project(attention.k_proj, question_index), question_index
-        )
-        return queries, question_keys, rotate(keys, keys, visual_index)[1]
-
-
-class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
-    config: PhotonConfig
-    config_class = PhotonConfig
-    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "PhotonDecoderLayer", "Qwen2_5_VLVisionBlock"]
-    _can_compile_fullgraph = False  # the length after the cut depends on the data
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, Float32Linear):
-            init.constant_(module.bias, module.bias_init)
-
-
-class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
-    """Qwen2.5-VL's decoder with one cut. `scheduler` may be any module that returns a `Schedule`."""
-
-    config_class = Qwen2_5_VLTextModel.config_class
-    input_modalities = ("text",)
-
-    def __init__(self, config, photon):
-        super().__init__(config)
-        self.photon = photon
-        self.look_layer = max(photon.scheduler_layer, 0)
-        self.layers[self.look_layer] = PhotonDecoderLayer(config, self.look_layer, photon.saliency_gradient)
-        self.scheduler = TokenScheduler(config.hidden_size, photon)
-        self.scheduler_phase = "hard"
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        visual_mask: torch.BoolTensor | None = None,
-        question_mask: torch.BoolTensor | None = None,
-        keep_count: torch.LongTensor | None = None,
-        flip: torch.BoolTensor | None = None,
-        row_weight: torch.FloatTensor | None = None,
-        **kwargs,
-    ) -> PhotonModelOutputWithPast:
-        """
-        Args beyond the parent's: visual_mask, question_mask (B, S) bool, places of visual tokens and of the question;
-            without them nothing is scheduled. keep_count (B,): keep so many. flip (B,) bool: keep the others.
-            row_weight (B,): each row's share of the loss.
-        """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("Pass exactly one of input_ids or inputs_embeds.")
-        if use_cache and past_key_values is None:
-            past_key_values = PhotonCache(config=self.config)
-        if past_key_values is not None and past_key_values.get_seq_length() == 0:
-            past_key_values.cut = None  # a cache that was emptied may still carry its last cut
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        batch, length = inputs_embeds.shape[:2]
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device).expand(3, batch, -1)
-        elif position_ids.ndim == 2:
-            position_ids = position_ids.expand(3, *position_ids.shape)
-        text_positions = None
-        if len(position_ids) == 4:  # generation puts the text positions first, by which packed rows are told apart
-            text_positions, position_ids = position_ids[0], position_ids[1:]
-        if visual_mask is not None and attention_mask is None and text_positions is not None:
-            if (text_positions.diff(dim=-1) < 0).any():
-                raise ValueError(
-                    "The text positions start anew within a row, so it holds several packed samples; the scheduler "
-                    "takes a row for one. Pad the samples in rows of their own, or set use_scheduler=False."
-                )
-        embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        options = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
-
-        def run(layer, hidden_states, **look):
+        def run(layer, hidden_states, **score):
             return layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=embeddings,
                 position_ids=text_positions,
-                **look,
+                past_key_values=past_key_values,
+                **score,
                 **options,
             )
 
         schedule = keep_index = None
-        cut_layer = self.photon.scheduler_layer + 1
-        hidden_states = inputs_embeds
+        cut_layer, length = self.photon.scheduler_layer + 1, hidden_states.shape[1]
         mask = self._mask(hidden_states, attention_mask, past_key_values, 0, text_positions)
         for i, layer in enumerate(self.layers):
             if i == cut_layer and getattr(past_key_values, "cut", None) is not None and keep_index is None:
                 mask = self._mask(hidden_states, attention_mask, past_key_values, i)
-            if i != self.look_layer or visual_mask is None:
+            if scan is None or i != self.scoring_layer:
                 hidden_states = run(layer, hidden_states)
                 continue
             # --- the cut: score with this layer, decide, go on with what stays
-            question_index, question = masked_index(question_mask)
-            visual_index, visual = masked_index(visual_mask)
-            hidden_states_in = hidden_states
-            hidden_states, *looks = run(
-                layer, hidden_states, look_at=(question_index, visual_index), look_only=cut_layer == 0
-            )
+            scan = scan.to(hidden_states.device)  # this layer's; masks and scheduler may live on others
             if cut_layer == 0:
-                hidden_states = hidden_states_in
-            device = hidden_states.device  # of this layer; masks and scheduler may live on others
-            schedule = self.scheduler(*looks, question, visual, layer.self_attn.scaling, keep_count, flip).to(device)
-            visual_index, visual = visual_index.to(device), visual.to(device)
-            phase = self.scheduler_phase if self.training else "hard"
-            gate = None  # (B, S): what is added to the attention logits of each key above the cut
-            if self.training and phase != "dense" and self.photon.surrogate == "gate":
-                gate = scatter_places(schedule.log_prob, visual_index, visual, length)
-            if phase == "dense":
-                hidden_states = hidden_states + 0.0 * schedule.keep_prob.sum().to(hidden_states.dtype)
-            elif phase == "soft" and gate is not None:
-                mask = self._gated(mask, gate, hidden_states)
-            elif phase == "soft":
-                hidden_states = soft_weight(hidden_states, schedule, visual_index, visual)
+                scores = run(layer, hidden_states, score=self.score_places(scan), score_only=True)
             else:
-                real = real_places(attention_mask, visual_mask)
-                keep_index = cut_index(visual_mask.to(device), schedule.keep, real.to(device))
-                if gate is not None:
-                    gate = gather_places(gate - gate.detach(), keep_index)  # 0, with the gradient of the gates
-                    hidden_states = gather_places(hidden_states, keep_index)
-                else:
-                    hidden_states = surrogate_gather(
-                        hidden_states, schedule, visual_index, visual, keep_index, self.photon,
-                        None if row_weight is None else row_weight.to(device),
-                    )  # (B, S', D)  # fmt: skip
+                hidden_states, scores = run(layer, hidden_states, score=self.score_places(scan))
+            inputs = self.scheduler_inputs(scan, scores, hidden_states, layer)
+            schedule = self.scheduler(inputs).to(hidden_states.device)
+            hidden_states, gate = self._weigh(hidden_states, scan, schedule)
+            if self._phase == "hard":
+                keep_index = cut_index(scan.visual_mask, schedule.keep_mask, scan.real)  # (B, S')
+                hidden_states, gate = self._gather(hidden_states, scan, schedule, keep_index, gate)  # (B, S', D)
                 position_ids = torch.stack([gather_places(axis, keep_index) for axis in position_ids])
                 embeddings, text_positions = self.rotary_emb(hidden_states, position_ids), None
                 if past_key_values is not None:
                     self._cut_cache(past_key_values, keep_index, length, schedule)
                 if cut_layer < len(self.layers):
                     mask = self._mask(hidden_states, keep_index >= 0, past_key_values, cut_layer, cut=False)
-                    mask = mask if gate is None else self._gated(mask, gate, hidden_states)
+            if gate is not None and cut_layer < len(self.layers):
+                mask = self._gated(mask, gate, hidden_states)
             if cut_layer == 0:
                 hidden_states = run(layer, hidden_states)
-        if self.training and visual_mask is None:
-            hidden_states = hidden_states + self._untouched().to(hidden_states.dtype)
+        return hidden_states, schedule, keep_index
 
-        return PhotonModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-            **_schedule_outputs(schedule, keep_index),
+    @property
+    def _phase(self):
+        """Tokens are always deleted in evaluation."""
+        return self.scheduler_phase if self.training else "hard"
+
+    def score_places(self, scan):
+        """Which queries and keys the scoring layer is to give: {name: index (B, N)} of each."""
+        queries = {"queries": scan.question_index}
+        keys = {"question_keys": scan.question_index, "visual_keys": scan.visual_index}
+        if "sequence" in self.scheduler.needs:
+            places = torch.arange(scan.real.shape[1], device=scan.real.device)
+            queries["last_query"] = scan.features["last_index"]
+            keys["keys"] = places.expand(scan.real.shape)
+        return queries, keys
+
+    def scheduler_inputs(self, scan, scores, hidden_states, layer):
+        """What the scheduler sees: the scoring layer's queries and keys, and what it needs beside them."""
+        features = dict(scan.features)
+        if "sequence" in self.scheduler.needs:
+            features["real"] = scan.real
+        if "hidden_states" in self.scheduler.needs:
+            features["hidden_states"] = gather_places(hidden_states, scan.visual_index) * scan.visual[..., None]
+        return SchedulerInputs(
+            question=scan.question,
+            visual=scan.visual,
+            scaling=layer.self_attn.scaling,
+            keep_count=scan.keep_count,
+            flip=scan.flip,
+            **scores,
+            **features,
         )
+
+    def _weigh(self, hidden_states, scan, schedule):
+        """The states as merged by the scheduler, or weighted in the soft phase; and the gates (B, S) or `None`."""
+        if self._phase == "dense":
+            return hidden_states + 0.0 * schedule.keep_prob.sum().to(hidden_states.dtype), None
+        length = hidden_states.shape[1]
+        if schedule.hidden_states is not None:
+            merged = scatter_places(
+                schedule.hidden_states.to(hidden_states.dtype), scan.visual_index, scan.visual, length
+            )
+            hidden_states = torch.where(scan.visual_mask[..., None], merged, hidden_states)
+        if self.training and self.photon.surrogate == "gate":
+            return hidden_states, scatter_places(schedule.log_prob, scan.visual_index, scan.visual, length)
+        if self._phase == "soft":
+            return soft_weight(hidden_states, schedule, scan.visual_index, scan.visual), None
+        return hidden_states, None
+
+    def _gather(self, hidden_states, scan, schedule, keep_index, gate):
+        """The kept tokens' states (B, S', D), and the gates (B, S') or `None`."""
+        if gate is not None:  # 0, with the gradient of the gates
+            return gather_places(hidden_states, keep_index), gather_places(gate - gate.detach(), keep_index)
+        return surrogate_gather(
+            hidden_states, schedule, scan.visual_index, scan.visual, keep_index, self.photon, scan.row_weight
+        ), None
 
     def _mask(self, hidden_states, attention_mask, past_key_values, layer, positions=None, cut=True):
         """The causal mask for a layer, from the unpruned sequence's 2D mask, or from the layer's own if not `cut`."""
@@ -340,41 +264,170 @@ class PhotonTextModel(PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             mask=keep_index >= 0,
             dropped=dropped,
             first_layer=first,
-            keep_mask=schedule.keep,
+            keep_mask=schedule.keep_mask,
             visual_count=schedule.visual_count,
             threshold=schedule.threshold,
         )
 
-    def _untouched(self):
-        """0, but a gradient of 0 for the scheduler: a rank whose batch has no scan must take part in the reduction."""
-        look = self.layers[self.look_layer].self_attn  # one row of one question token and one visual token
-        keys = self.norm.weight.new_zeros(1, look.num_key_value_heads, 1, look.head_dim)
-        queries = keys.new_zeros(1, look.num_heads, 1, look.head_dim)
+    def _touch_scheduler(self):
+        """0, with a gradient of 0 for the scheduler, since a rank without a scan must take part in the reduction."""
+        attention = self.layers[self.scoring_layer].self_attn  # one row of one question token and one visual token
+        keys = self.norm.weight.new_zeros(1, attention.num_key_value_heads, 1, attention.head_dim)
+        queries = keys.new_zeros(1, attention.num_heads, 1, attention.head_dim)
         real = torch.ones(1, 1, dtype=torch.bool, device=keys.device)
-        return 0.0 * self.scheduler(queries, keys, keys, real, real, look.scaling).keep_prob.sum()
+        inputs = SchedulerInputs(queries, keys, keys, real, real, attention.scaling)
+        return 0.0 * self.scheduler(inputs).keep_prob.sum()
 
 
-def real_places(attention_mask, like):
-    """(B, S) bool: places that are not padding."""
-    if attention_mask is None:
-        return torch.ones_like(like)
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask has {attention_mask.ndim} dimensions; tokens can be cut with a 2D one (batch, sequence) "
-            "alone. Pass that, or use_scheduler=False."
+# === On Qwen2.5-VL ===================================================================================================
+
+
+@dataclass
+class PhotonModelOutputWithPast(ScheduleFields, BaseModelOutputWithPast):
+    """
+    `last_hidden_state` is (B, S', D), S' the longest row after the cut; B rows, V visual tokens of the richest row.
+    The fields of `ScheduleFields` tell what the scheduler decided.
+
+    Args:
+        keep_index (`torch.LongTensor` of shape `(B, S')`): place in the prompt of each place of the short sequence,
+            -1 for padding. `None` where nothing was cut.
+    """
+
+    keep_index: torch.LongTensor | None = None
+
+
+class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
+    """Qwen2.5-VL's layer, which also gives the queries and keys by which tokens are scored.
+
+    They are taken inside its forward, where sharded weights are at hand. With `score_gradient` they carry a gradient.
+    """
+
+    def __init__(self, config, layer_idx, score_gradient=False):
+        super().__init__(config, layer_idx)
+        self.score_gradient = score_gradient
+
+    def forward(self, hidden_states, *args, score=None, score_only=False, position_embeddings=None, **kwargs):
+        """
+        Args: score: two dicts {name: index (B, N)}, places whose queries and whose keys are wanted; score_only: do
+            not run the layer.
+        Returns: hidden states; with `score` also {name: queries (B, H, N, d) or keys (B, G, N, d)}; with `score_only`
+            these alone.
+        """
+        scores = None
+        if score is not None:
+            with torch.set_grad_enabled(self.score_gradient and torch.is_grad_enabled()):
+                scores = self.scores(hidden_states, position_embeddings, *score)
+            if score_only:
+                return scores
+        hidden_states = super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        return hidden_states if scores is None else (hidden_states, scores)
+
+    def scores(self, hidden_states, position_embeddings, query_places, key_places):
+        """Queries and keys at the places asked for, after rotary embedding, by name."""
+
+        def project(linear, index):
+            normed = self.input_layernorm(gather_places(hidden_states, index))  # (B, N, D)
+            states = linear(normed).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+            rotary = (gather_places(part, index) for part in position_embeddings)
+            return apply_rotary_pos_emb(states, states, *rotary)[0]  # (B, heads, N, d)
+
+        queries = {name: project(self.self_attn.q_proj, index) for name, index in query_places.items()}
+        return queries | {name: project(self.self_attn.k_proj, index) for name, index in key_places.items()}
+
+
+class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
+    config: PhotonConfig
+    config_class = PhotonConfig
+    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "PhotonDecoderLayer", "Qwen2_5_VLVisionBlock"]
+    _can_compile_fullgraph = False  # the length after the cut depends on the data
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Float32Linear):
+            init.constant_(module.bias, module.bias_init)
+
+
+class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
+    """Qwen2.5-VL's decoder with one cut."""
+
+    config_class = Qwen2_5_VLTextModel.config_class
+    input_modalities = ("text",)
+
+    def __init__(self, config, photon):
+        super().__init__(config)
+        self.photon = photon
+        self.layers[self.scoring_layer] = PhotonDecoderLayer(config, self.scoring_layer, photon.saliency_gradient)
+        self.scheduler = TokenScheduler(config.hidden_size, photon)
+        self.scheduler_phase = "hard"
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        visual_mask: torch.BoolTensor | None = None,
+        question_mask: torch.BoolTensor | None = None,
+        keep_count: torch.LongTensor | None = None,
+        flip: torch.BoolTensor | None = None,
+        row_weight: torch.FloatTensor | None = None,
+        scheduler_features: dict | None = None,
+        **kwargs,
+    ) -> PhotonModelOutputWithPast:
+        """
+        Args beyond the parent's: visual_mask, question_mask (B, S) bool, places of visual tokens and of the question;
+            without them nothing is scheduled. keep_count (B,): keep so many. flip (B,) bool: keep the others.
+            row_weight (B,): each row's share of the loss. scheduler_features: see `ScanRequest`.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("Pass exactly one of input_ids or inputs_embeds.")
+        if use_cache and past_key_values is None:
+            past_key_values = PhotonCache(config=self.config)
+        if past_key_values is not None and past_key_values.get_seq_length() == 0:
+            past_key_values.cut = None  # a cache that was emptied may still carry its last cut
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(3, batch, -1)
+        elif position_ids.ndim == 2:
+            position_ids = position_ids.expand(3, *position_ids.shape)
+        text_positions = None
+        if len(position_ids) == 4:  # generation puts the text positions first, by which packed rows are told apart
+            text_positions, position_ids = position_ids[0], position_ids[1:]
+        if visual_mask is not None and attention_mask is None and text_positions is not None:
+            if (text_positions.diff(dim=-1) < 0).any():
+                raise ValueError(
+                    "The text positions start anew within a row, so it holds several packed samples; the scheduler "
+                    "takes a row for one. Pad the samples in rows of their own, or set use_scheduler=False."
+                )
+        scan = None
+        if visual_mask is not None:
+            real = real_places(attention_mask, visual_mask)
+            scan = ScanRequest(
+                visual_mask, question_mask, real, keep_count, flip, row_weight, scheduler_features or {}
+            )
+        hidden_states, schedule, keep_index = self.run_layers(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            text_positions,
+            past_key_values,
+            scan,
+            use_cache=use_cache,
+            **kwargs,
         )
-    return attention_mask.bool()
-
-
-def _schedule_outputs(schedule, keep_index):
-    if schedule is None:
-        return {}
-    return {
-        "keep_mask": schedule.keep,
-        "keep_prob": schedule.keep_prob,
-        "threshold": schedule.threshold,
-        "saliency": schedule.saliency,
-        "saliency_logits": schedule.saliency_logits,
-        "visual_count": schedule.visual_count,
-        "keep_index": keep_index,
-    }
+        if self.training and scan is None:
+            hidden_states = hidden_states + self._touch_scheduler().to(hidden_states.dtype)
+        return PhotonModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            keep_index=keep_index,
+            **({} if schedule is None else schedule.outputs()),
+        )

@@ -1,14 +1,17 @@
 """Photon: Qwen2.5-VL on volumes, with visual tokens deleted after one decoder layer, in training and inference alike.
 
 What differs from Qwen2.5-VL, and nothing else:
-- `PhotonModel`: positions in which text starts behind a volume's last depth step; the masks of scan and question;
+- `PhotonModel`: positions in which text starts behind a volume's last depth step (`prompt_photon.py`); the masks of
+  scan and question;
 - `PhotonForConditionalGeneration`: labels cut alike, the losses, the phases, what generation must refuse;
 - `PhotonTextModel` (`decoder_photon.py`): the cut;
 - `PhotonCache` (`decoder_photon.py`): a `DynamicCache` that knows what was cut.
-The method itself is in `scheduling_photon.py`, its objectives in `objectives_photon.py`.
+The method itself is in `scheduling_photon.py` (which tokens stay) and `scheduling_surrogate_photon.py` (how the cut
+learns), its objectives in `objectives_photon.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,45 +25,46 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import can_return_tuple
 
-from .decoder_photon import (
-    PhotonCache,
-    PhotonModelOutputWithPast,
-    PhotonPreTrainedModel,
-    PhotonTextModel,
+from .decoder_photon import PhotonCache, PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel
+from .objectives_photon import Objective, all_losses
+from .prompt_photon import (
+    NO_MASKS,
+    NO_TOKEN_TYPES,
+    PhotonVisionOutput,
+    check_scan,
+    grid_coordinates,
+    grids_of_volumes,
+    grown_mask,
+    last_of_prompt,
+    prompt_positions,
     real_places,
+    record_attention,
+    rope_deltas,
+    row_numbers,
+    scheduler_features,
+    visual_places,
 )
-from .objectives_photon import Objective, answer_losses, band_losses
-from .scheduling_photon import gather_places
-from .scheduling_photon import question_mask as find_question
+from .prompt_photon import question_mask as find_question
+from .scheduling_photon import NEEDS, ScheduleFields, keep_counts
 
 if TYPE_CHECKING:  # never run; `save_pretrained` copies the files that a module imports, and these belong to a folder
     from .pipeline_photon import VolumeQuestionAnsweringPipeline  # noqa: F401
     from .processing_photon import PhotonProcessor  # noqa: F401
 
 PHASES = ("dense", "soft", "hard")
-NO_TOKEN_TYPES = (
-    "mm_token_type_ids is missing, without which volume tokens would get the positions of plain text. Pass everything "
-    "that the processor returns, model(**inputs) or model.generate(**inputs); a collator must keep mm_token_type_ids."
-)
-SCHEDULE_FIELDS = ("keep_mask", "keep_prob", "threshold", "saliency", "saliency_logits", "visual_count", "keep_index")
 
 
 @dataclass
-class PhotonCausalLMOutputWithPast(CausalLMOutputWithPast):
+class PhotonCausalLMOutputWithPast(ScheduleFields, CausalLMOutputWithPast):
     """
     As `PhotonModelOutputWithPast`, with `logits` (B, S', vocabulary), and the parts of `loss`.
 
     Args:
+        keep_index (`torch.LongTensor` of shape `(B, S')`): as of `PhotonModelOutputWithPast`.
         lm_loss (`torch.FloatTensor` of shape `()`): mean over answer tokens; entropy or flip in rows of that kind.
         band_loss (`torch.FloatTensor` of shape `()`): before `config.band_weight`; 0 in the dense phase.
     """
 
-    keep_mask: torch.BoolTensor | None = None
-    keep_prob: torch.FloatTensor | None = None
-    threshold: torch.FloatTensor | None = None
-    saliency: torch.FloatTensor | None = None
-    saliency_logits: torch.FloatTensor | None = None
-    visual_count: torch.LongTensor | None = None
     keep_index: torch.LongTensor | None = None
     lm_loss: torch.FloatTensor | None = None
     band_loss: torch.FloatTensor | None = None
@@ -83,69 +87,70 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             raise ValueError(f"phase is {phase!r}; expected one of {', '.join(map(repr, PHASES))}.")
         self.language_model.scheduler_phase = phase
 
+    def set_scheduler(self, scheduler):
+        """Selects tokens by another method from now on, and returns the one before.
+
+        Args: scheduler: a module that maps `SchedulerInputs` to a `Schedule`, and lists in `needs` what it uses beside
+            the scoring layer's queries and keys.
+        Raises: `ValueError` where it needs something that is not known.
+        """
+        unknown = sorted(set(scheduler.needs) - NEEDS)
+        if unknown:
+            raise ValueError(f"the scheduler needs {', '.join(unknown)}; expected some of {', '.join(sorted(NEEDS))}.")
+        previous, self.language_model.scheduler = self.language_model.scheduler, scheduler
+        return previous
+
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, volume_index=None, **kwargs):
         """As the parent's: patches of all volumes (N, voxels) and the grids of their places (P, 3) to one tensor a
         place. With volume_index (P,) a volume that stands in several places is encoded once."""
         grids = video_grid_thw
         if volume_index is not None and grids is not None:
-            grids = _grids_of_volumes(grids, volume_index)
+            grids = grids_of_volumes(grids, volume_index)
         patches = 0 if grids is None else int(grids.prod(-1).sum())
         if len(pixel_values_videos) != patches:
             raise ValueError(
                 f"pixel_values_videos has {len(pixel_values_videos)} patches, but video_grid_thw counts {patches}; "
                 "the two must match. Pass both as the processor returns them."
             )
-        outputs = super().get_video_features(pixel_values_videos, grids, **kwargs)
+        needs = self.language_model.scheduler.needs
+        with record_attention(self.visual, grids, active="vision" in needs) as recorded:
+            outputs = super().get_video_features(pixel_values_videos, grids, **kwargs)
+        lists = [list(outputs.pooler_output)]
+        if needs & {"vision", "coordinates"}:
+            coordinates = [grid_coordinates(grid, self.visual.spatial_merge_size) for grid in grids]
+            sizes = [len(part) for part in coordinates]
+            lists += [coordinates, *(part.split(sizes) for part in recorded)]
         if volume_index is not None:
-            outputs.pooler_output = [outputs.pooler_output[i] for i in volume_index.tolist()]
-        return outputs
+            lists = [[part[i] for i in volume_index.tolist()] for part in lists]
+        return PhotonVisionOutput(outputs.last_hidden_state, lists[0], deepstack_features=lists[1:] or None)
 
     def get_rope_index(
         self, input_ids=None, mm_token_type_ids=None, image_grid_thw=None, video_grid_thw=None,
         second_per_grid_ts=None, attention_mask=None, **kwargs,
     ):  # fmt: skip
-        """Three-axis positions (3, B, S) and what a row's next position differs from its length by, (B, 1).
+        """Three-axis positions (3, B, S), and the position of each row's next token minus the row's length, (B, 1).
 
-        As the parent's, but text behind a volume starts after the largest position on any axis (the parent counts
-        rows and columns alone, so that a deep volume's last slabs lie behind the text that follows them), and
-        `second_per_grid_ts` defaults to the config's. input_ids are not looked at.
+        Text behind a volume starts after the largest position on any axis (see `prompt_positions`), and
+        `second_per_grid_ts` defaults to the config's. input_ids are not used.
         """
         vision = self.config.vision_config
-        grids = {1: iter(() if image_grid_thw is None else image_grid_thw),
-                 2: iter(() if video_grid_thw is None else video_grid_thw)}  # fmt: skip
-        seconds = None if second_per_grid_ts is None else iter(second_per_grid_ts)
+        seconds = repeat(self.config.second_per_grid_ts) if second_per_grid_ts is None else iter(second_per_grid_ts)
+        grids = {
+            kind: iter(() if grids is None else grids) for kind, grids in ((1, image_grid_thw), (2, video_grid_thw))
+        }
+        intervals = {1: repeat(1), 2: (vision.tokens_per_second * step for step in seconds)}
+
+        def of_volume(start, grid, interval):
+            merge, device = vision.spatial_merge_size, mm_token_type_ids.device
+            return self.get_vision_position_ids(start, grid, 1, merge, interval, device=device)
+
         position_ids = torch.zeros(3, *mm_token_type_ids.shape, dtype=torch.long, device=mm_token_type_ids.device)
         real = real_places(attention_mask, mm_token_type_ids.bool())
         deltas = []
         for row, kinds in enumerate(mm_token_type_ids):
             kinds = kinds[real[row]]
-            values, counts = kinds.unique_consecutive(return_counts=True)
-            parts, start = [], 0
-            for kind, count in zip(values.tolist(), counts.tolist(), strict=True):
-                if kind == 0:
-                    part = torch.arange(start, start + count, device=kinds.device).expand(3, -1)
-                else:
-                    interval = 1
-                    if kind == 2:
-                        step = self.config.second_per_grid_ts if seconds is None else next(seconds)
-                        interval = vision.tokens_per_second * step
-                    part = self.get_vision_position_ids(
-                        start,
-                        _next_grid(grids[kind], row),
-                        1,
-                        vision.spatial_merge_size,
-                        interval,
-                        device=kinds.device,
-                    )
-                    if part.shape[1] != count:
-                        raise ValueError(
-                            f"Row {row}: {count} volume tokens stand together where the grid gives {part.shape[1]}. "
-                            "Volumes and volume tokens must match one to one; use the processor."
-                        )
-                parts.append(part)
-                start = int(part.max()) + 1
-            position_ids[:, row, real[row]] = torch.cat(parts, dim=1)
-            deltas.append(start - len(kinds))
+            position_ids[:, row, real[row]], following = prompt_positions(kinds, grids, intervals, of_volume, row)
+            deltas.append(following - len(kinds))
         return position_ids, torch.tensor(deltas, device=position_ids.device).unsqueeze(1)
 
     def compute_3d_position_ids(
@@ -197,7 +202,8 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         Args beyond the parent's:
             volume_index (P,): which volume of pixel_values_videos each place in the prompts shows, so that questions
                 on one scan share its encoding; video_grid_thw has a row for each place. Default: all in turn.
-            visual_mask, question_mask (B, S) bool: found in input_ids by themselves; needed with inputs_embeds.
+            visual_mask, question_mask (B, S) bool: default from input_ids (see `question_mask`); needed with
+                inputs_embeds.
             token_budget: keep exactly so many of each row's visual tokens, the most salient.
             keep_ratio: the same as a share of each row's visual tokens.
             use_scheduler: False answers from all visual tokens; default `config.use_scheduler`, or True with a budget.
@@ -212,30 +218,14 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         if not use_scheduler and budget:
             raise ValueError("use_scheduler=False keeps all tokens; drop it, or token_budget and keep_ratio.")
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
-        if visual_mask is not None or input_ids is None:
-            visual = _grown(visual_mask, inputs_embeds if input_ids is None else input_ids)
-        else:
-            visual = (input_ids == self.config.video_token_id) | (input_ids == self.config.image_token_id)
-        if fresh and visual is None and use_scheduler:
-            raise ValueError(
-                "Got inputs_embeds without visual_mask and question_mask (B, S), which tell the scheduler where the "
-                "scan and the question are. Pass them, pass input_ids, or set use_scheduler=False."
-            )
+        visual = visual_places(input_ids, inputs_embeds, visual_mask, self.config)
         given = pixel_values_videos is not None or bool(mm_encoder_outputs) or kwargs.get("pixel_values") is not None
-        # later on, the mark of a volume can only be a word that the model wrote
+        # in later calls the mark of a volume can only be a word that the model wrote
         has_scan = visual is not None and (fresh or given) and bool(visual.any())
-        if has_scan and not fresh:
-            raise ValueError(
-                "Volume tokens came with a cache that already holds a conversation; scans are read in the first call "
-                "alone. Start a fresh prompt with all its scans."
-            )
-        if has_scan and input_ids is not None and not given:
-            raise ValueError(
-                f"The prompt has {int(visual.sum())} volume tokens but no volumes: pass pixel_values_videos and "
-                "video_grid_thw, as the processor returns them."
-            )
-        if has_scan and position_ids is None and mm_token_type_ids is None:
-            raise ValueError(NO_TOKEN_TYPES)
+        if fresh and visual is None and use_scheduler:
+            raise ValueError(NO_MASKS)
+        if has_scan:
+            check_scan(visual, fresh, given or input_ids is None, position_ids, mm_token_type_ids)
         if pixel_values_videos is not None:
             # encoded here, so that the arguments of the decoder do not reach the vision tower's attention
             mm_encoder_outputs = dict(mm_encoder_outputs or {})
@@ -250,12 +240,14 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
                 if input_ids is None:
                     raise ValueError("Got inputs_embeds with visual_mask but without question_mask; pass both.")
                 question_mask = find_question(input_ids, visual, self.config)
+            question_mask = grown_mask(question_mask, visual).bool()
             schedule = {
                 "visual_mask": visual,
-                "question_mask": _grown(question_mask, visual).bool(),
-                "keep_count": _keep_count(visual.sum(-1), token_budget, keep_ratio),
+                "question_mask": question_mask,
+                "keep_count": keep_counts(visual.sum(-1), token_budget, keep_ratio),
                 "flip": flip,
                 "row_weight": row_weight,
+                "scheduler_features": self._scheduler_features(input_ids, visual, question_mask, mm_encoder_outputs),
             }
         outputs = super().forward(
             input_ids=input_ids,
@@ -272,10 +264,28 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         )
         if fresh and outputs.past_key_values is not None:
             if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
-                self.rope_deltas = _rope_deltas(position_ids, attention_mask)
+                self.rope_deltas = rope_deltas(position_ids, attention_mask)
             # with the cache, not with the model alone: another scan may be asked about before this one goes on
             outputs.past_key_values.rope_deltas = self.rope_deltas
         return outputs
+
+    def _scheduler_features(self, input_ids, visual, question_mask, mm_encoder_outputs):
+        """What the scheduler needs beside the scoring layer, by the names of `SchedulerInputs`; (B, V, ...) each."""
+        needs, features = self.language_model.scheduler.needs, {}
+        if needs & {"vision", "coordinates"}:
+            lists = getattr((mm_encoder_outputs or {}).get("video"), "deepstack_features", None)
+            if lists is None:
+                raise ValueError(
+                    "The scheduler needs the scan's grid or the vision tower's attention, but the encoded scan does "
+                    "not carry them. Encode it with get_video_features after set_scheduler, and pass its whole output."
+                )
+            features = scheduler_features(lists, visual)
+        if needs & {"row_number", "sequence"}:
+            if input_ids is None:
+                raise ValueError("The scheduler needs the prompt's words; pass input_ids, not inputs_embeds.")
+            features["last_index"] = last_of_prompt(input_ids, question_mask, self.config)
+            features["row_number"] = row_numbers(input_ids, visual, features["last_index"])
+        return features
 
     def _with_vision_touched(self, input_ids, inputs_embeds):
         """The embeddings, unchanged, but with a gradient of 0 for the vision tower: as for the scheduler, a rank whose
@@ -288,57 +298,6 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         nothing = inputs_embeds.new_zeros(merge**2, voxels)
         features = self.get_video_features(nothing, grid, return_dict=True).pooler_output[0]
         return inputs_embeds + 0.0 * features.sum().to(inputs_embeds.dtype)
-
-
-def _grids_of_volumes(grids, volume_index):
-    """Grids of the places (P, 3) -> grids of the volumes (volumes, 3) that volume_index (P,) names."""
-    volumes = int(volume_index.max()) + 1 if len(volume_index) else 0
-    places = [(volume_index == volume).nonzero()[:, 0] for volume in range(volumes)]
-    if len(volume_index) != len(grids) or not all(len(place) for place in places):
-        raise ValueError(
-            f"volume_index names the volumes {volume_index.tolist()} for {len(grids)} places; expected one number a "
-            "place, and each volume from 0 on in at least one. Pass it as the processor returns it."
-        )
-    of_volumes = torch.stack([grids[place[0]] for place in places])
-    if not torch.equal(of_volumes[volume_index], grids):
-        raise ValueError("Places that volume_index gives one volume have unlike rows in video_grid_thw.")
-    return of_volumes
-
-
-def _next_grid(grids, row):
-    grid = next(grids, None)
-    if grid is None:
-        raise ValueError(f"Row {row} has more groups of volume tokens than there are volumes; they must match.")
-    return grid
-
-
-def _rope_deltas(position_ids, attention_mask):
-    """(B, 1): a row's next position minus its length, of positions (B, S), (3, B, S) or (4, B, S)."""
-    last = (position_ids if position_ids.ndim == 2 else position_ids[-3:].amax(0)).amax(-1)
-    real = real_places(attention_mask, position_ids[0] if position_ids.ndim == 3 else position_ids)
-    return (last + 1 - real.sum(-1).to(last.device)).unsqueeze(1)
-
-
-def _grown(mask, like):
-    """A prompt's mask for a sequence that has grown since, in generation without a cache: (B, S0) -> (B, S)."""
-    if mask is None or mask.shape[1] == like.shape[1]:
-        return mask
-    return nn.functional.pad(mask, (0, like.shape[1] - mask.shape[1]))
-
-
-def _keep_count(visual_count, token_budget, keep_ratio):
-    """(B,) how many of each row's visual tokens (B,) to keep, or `None` to leave it to the threshold."""
-    if token_budget is not None and keep_ratio is not None:
-        raise ValueError("Pass token_budget or keep_ratio, not both.")
-    if token_budget is not None:
-        if token_budget < 0 or token_budget != int(token_budget):
-            raise ValueError(f"token_budget is {token_budget}; expected a whole number of tokens, 0 or more.")
-        return torch.full_like(visual_count, int(token_budget))
-    if keep_ratio is not None:
-        if not 0 <= keep_ratio <= 1:
-            raise ValueError(f"keep_ratio is {keep_ratio}; expected a share from 0 to 1.")
-        return (visual_count * keep_ratio).round().long()
-    return None
 
 
 def _refuse_static(attention_mask, cache):
@@ -363,7 +322,11 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
     def set_scheduler_phase(self, phase):
         self.model.set_scheduler_phase(phase)
 
+    def set_scheduler(self, scheduler):
+        return self.model.set_scheduler(scheduler)
+
     set_scheduler_phase.__doc__ = PhotonModel.set_scheduler_phase.__doc__
+    set_scheduler.__doc__ = PhotonModel.set_scheduler.__doc__
 
     @can_return_tuple
     def forward(
@@ -430,32 +393,17 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         logits = self.lm_head(outputs.last_hidden_state[:, places])
         losses = {}
         if labels is not None:
-            losses = self._losses(logits, labels, outputs, objective, row_weight, total)
+            dense = self.training and self.model.language_model.scheduler_phase == "dense"
+            losses = all_losses(logits, labels, outputs, objective, row_weight, total, self.config, band=not dense)
         return PhotonCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{name: outputs[name] for name in SCHEDULE_FIELDS if name in outputs},
+            **{item.name: outputs.get(item.name) for item in fields(ScheduleFields)},
+            keep_index=outputs.get("keep_index"),
             **losses,
         )
-
-    def _losses(self, logits, labels, outputs, objective, row_weight, total):
-        config, keep_index = self.config, outputs.keep_index
-        if keep_index is not None:
-            labels = gather_places(labels, keep_index).masked_fill(keep_index < 0, -100)
-        target = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # place s predicts the token at s + 1
-        sums, _ = answer_losses(logits, target, objective, config.flip_eps)  # (B,)
-        lm_loss, band_loss = sums.sum() / total, sums.new_zeros(())
-        phase = self.model.language_model.scheduler_phase if self.training else "hard"
-        if outputs.keep_prob is not None and phase != "dense":
-            places = torch.arange(outputs.keep_prob.shape[1], device=labels.device)
-            visual = places < outputs.visual_count[:, None].to(labels.device)
-            band = band_losses(outputs.keep_prob, visual, config.band_low, config.band_high)
-            if objective is not None:
-                band = band * (objective == Objective.ANSWER)
-            band_loss = (band * row_weight).sum()
-        return {"loss": lm_loss + config.band_weight * band_loss, "lm_loss": lm_loss, "band_loss": band_loss}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:

@@ -9,6 +9,8 @@ from enum import IntEnum
 import torch
 from torch.nn import functional as F
 
+from .scheduling_photon import gather_places
+
 
 class Objective(IntEnum):
     """A row's kind of loss."""
@@ -48,3 +50,26 @@ def band_losses(keep_prob, visual, low, high):
     """
     ratio = (keep_prob * visual).sum(-1) / visual.sum(-1).clamp(min=1)
     return (F.relu(ratio - high) + F.relu(low - ratio)) * visual.any(-1)
+
+
+def all_losses(logits, labels, outputs, objective, row_weight, total, config, band=True):
+    """The model's loss and its two parts, as fields of the output.
+
+    Args: logits (B, S', vocabulary); labels (B, S) of the unpruned sequence, cut here as the logits are; outputs: of
+        `PhotonModel`; objective (B,) or `None`; row_weight (B,), each row's share of the loss; total: answer tokens of
+        the whole step; band: whether the band loss counts.
+    """
+    keep_index = outputs.keep_index
+    if keep_index is not None:
+        labels = gather_places(labels, keep_index).masked_fill(keep_index < 0, -100)
+    target = F.pad(labels, (0, 1), value=-100)[:, 1:]  # place s predicts the token at s + 1
+    sums, _ = answer_losses(logits, target, objective, config.flip_eps)  # (B,)
+    lm_loss, band_loss = sums.sum() / total, sums.new_zeros(())
+    if outputs.keep_prob is not None and band:
+        places = torch.arange(outputs.keep_prob.shape[1], device=labels.device)
+        visual = places < outputs.visual_count[:, None].to(labels.device)
+        rows = band_losses(outputs.keep_prob, visual, config.band_low, config.band_high)
+        if objective is not None:
+            rows = rows * (objective == Objective.ANSWER)
+        band_loss = (rows * row_weight).sum()
+    return {"loss": lm_loss + config.band_weight * band_loss, "lm_loss": lm_loss, "band_loss": band_loss}

@@ -1,40 +1,141 @@
-"""The Photon method on tensors: which visual tokens a question needs (ITS), and how the cut learns (SGP).
+"""Which visual tokens stay, on tensors: instruction-conditioned token scheduling (ITS, paper section 3.2).
 
 Tensors in, tensors out; nothing here knows about layers, caches or files. B rows, H query heads, G key heads, d head
 size, Q question tokens, V visual tokens (rows with fewer are padded on the right, `visual` tells which are real).
 
-- `saliency_logits`: one number a visual token, how much the question looks at it (paper section 3.2);
+- `SchedulerInputs`: what a selection method may use; `Schedule`: what it decides;
+- `saliency_logits`: one number a visual token, how well the question's queries match its keys;
 - `ThresholdPredictor`: twelve statistics of those numbers to one threshold a row;
-- `TokenScheduler`: both together, to a `Schedule`. Any other token-reduction method that returns a `Schedule` from the
-  same arguments can take its place;
-- `cut_index`: which places of the sequence stay;
-- `surrogate_gather`: the gather, with a backward rule for the keep probabilities (paper section 3.3).
+- `TokenScheduler`: both together. Any module that maps `SchedulerInputs` to a `Schedule` can take its place, see
+  `PhotonForConditionalGeneration.set_scheduler` and the methods in `photon/schedulers/`;
+- `cut_index`: which places of the sequence stay.
+How the cut learns is in scheduling_surrogate_photon.py.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+NEEDS = frozenset({"sequence", "hidden_states", "coordinates", "vision", "row_number"})  # of `SchedulerInputs`
+
 
 @dataclass
-class Schedule:
-    """What a token-reduction method decides. (B, V) where not said otherwise; padding is False or 0."""
+class ScanRequest:
+    """Where the scans and the question of a batch are, and how many visual tokens to keep.
 
-    keep: torch.Tensor  # bool
-    keep_prob: torch.Tensor  # float32, differentiable with respect to the threshold
-    threshold: torch.Tensor  # float32
-    saliency: torch.Tensor  # float32, 0..1
-    saliency_logits: torch.Tensor  # float32
-    visual_count: torch.Tensor  # (B,) long, visual tokens of each row
+    visual_mask, question_mask, real (B, S) bool: places of visual tokens, of the question, and of all but padding;
+    keep_count (B,) or `None`: keep exactly so many; flip (B,) bool or `None`: rows that keep what they would drop;
+    row_weight (B,) or `None`: each row's share of the loss; features: what the scheduler needs beside the scoring
+    layer, by the names of `SchedulerInputs`.
+    """
+
+    visual_mask: torch.Tensor
+    question_mask: torch.Tensor
+    real: torch.Tensor
+    keep_count: torch.Tensor | None = None
+    flip: torch.Tensor | None = None
+    row_weight: torch.Tensor | None = None
+    features: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.visual_index, self.visual = masked_index(self.visual_mask)  # (B, V)
+        self.question_index, self.question = masked_index(self.question_mask)  # (B, Q)
+
+    def to(self, device):
+        if self.visual_mask.device == device:
+            return self
+
+        def move(value):
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        values = {item.name: move(getattr(self, item.name)) for item in fields(self)}
+        return type(self)(**values | {"features": {name: move(value) for name, value in self.features.items()}})
+
+
+@dataclass
+class SchedulerInputs:
+    """What a selection method may use.
+
+    Always there, of the scheduling layer: queries (B, H, Q, d) and question_keys (B, G, Q, d) of the question's
+    tokens, visual_keys (B, G, V, d), all after rotary embedding; question (B, Q) and visual (B, V) bool, which of them
+    are real; scaling 1/sqrt(d). keep_count (B,) long or `None`: keep exactly so many of each row. flip (B,) bool or
+    `None`: rows that keep what they would drop.
+
+    There if a method lists the name in its class attribute `needs`:
+    - "sequence": last_query (B, H, 1, d) of each prompt's last token, its place last_index (B, 1), keys (B, G, S, d)
+      of all places, and real (B, S), which of these are not padding;
+    - "hidden_states": hidden_states (B, V, D) of the visual tokens as they enter the cut;
+    - "coordinates": coordinates (B, V, 4) long: a token's scan within the prompt, depth, row, column;
+    - "vision": of the vision tower's last full-attention block, vision_attention (B, V): how much attention a token
+      receives from its slab (mean over heads and over the 2 x 2 patches of a token; 1 on average), and vision_keys
+      (B, V, d): its keys, mean over heads and patches;
+    - "row_number": row_number (B,) long, which follows from the row's token ids alone, to draw by.
+    """
+
+    queries: torch.Tensor
+    question_keys: torch.Tensor
+    visual_keys: torch.Tensor
+    question: torch.Tensor
+    visual: torch.Tensor
+    scaling: float
+    keep_count: torch.Tensor | None = None
+    flip: torch.Tensor | None = None
+    last_query: torch.Tensor | None = None
+    last_index: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+    coordinates: torch.Tensor | None = None
+    vision_attention: torch.Tensor | None = None
+    vision_keys: torch.Tensor | None = None
+    row_number: torch.Tensor | None = None
+
+
+@dataclass
+class ScheduleFields:
+    """The decision as the model's output and its cache carry it.
+
+    Args:
+        keep_mask (`torch.BoolTensor` of shape `(B, V)`): which visual tokens stay, in the order of the prompt.
+        keep_prob (`torch.FloatTensor` of shape `(B, V)`): their keep probabilities.
+        threshold (`torch.FloatTensor` of shape `(B, 1)`): 0 to `config.threshold_max`.
+        saliency (`torch.FloatTensor` of shape `(B, V)`): 0 to 1 over a row's visual tokens.
+        saliency_logits (`torch.FloatTensor` of shape `(B, V)`): the same before min-max scaling.
+        visual_count (`torch.LongTensor` of shape `(B,)`): visual tokens of each row before the cut.
+    Padding is False or 0.
+    """
+
+    keep_mask: torch.BoolTensor | None = None
+    keep_prob: torch.FloatTensor | None = None
+    threshold: torch.FloatTensor | None = None
+    saliency: torch.FloatTensor | None = None
+    saliency_logits: torch.FloatTensor | None = None
+    visual_count: torch.LongTensor | None = None
+
+
+@dataclass
+class Schedule(ScheduleFields):
+    """What a selection method decides. `keep_prob` may carry a gradient.
+
+    Args beyond the fields of the output: hidden_states (B, V, D): what visual tokens carry on above the cut, for
+        methods that merge deleted tokens into kept ones; `None` leaves them as they are.
+    """
+
+    hidden_states: torch.FloatTensor | None = None
 
     @property
     def log_prob(self):
         return self.keep_prob.clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def to(self, device):
-        return Schedule(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return type(self)(**{name: None if value is None else value.to(device) for name, value in values.items()})
+
+    def outputs(self):
+        """The fields that the model's output has too, as a dict."""
+        return {item.name: getattr(self, item.name) for item in fields(ScheduleFields)}
 
 
 def question_weights(query, key, question, scaling, floor):
@@ -48,7 +149,7 @@ def question_weights(query, key, question, scaling, floor):
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     query = query.view(batch, groups, heads // groups, length, size)
-    logits = torch.einsum("bghqd,bgkd->bghqk", query, key).mul_(scaling).relu_()  # negative looks do not count
+    logits = torch.einsum("bghqd,bgkd->bghqk", query, key).mul_(scaling).relu_()  # the release drops negative logits
     others = ~torch.eye(length, dtype=torch.bool, device=query.device) & question[:, None, :]  # (B, Q, Q)
     centrality = (logits * others[:, None, None]).sum(-1).mean((1, 2)) * question  # (B, Q)
     return centrality / centrality.sum(-1, keepdim=True).clamp(min=floor)
@@ -70,7 +171,7 @@ def saliency_logits(query, key, weights, scaling):
 def saliency_attention(query, key, weights, question, visual, scaling):
     """As `saliency_logits`, with each head's softmax over the row's visual tokens in place of the logits.
 
-    The weights are made to add up to 1 (evenly where no question token looks at another), so that the result is a
+    The weights are made to add up to 1 (evenly where no question token attends to another), so that the result is a
     distribution over the visual tokens. question (B, Q), visual (B, V) bool: real tokens. Returns: (B, V).
     """
     batch, heads, _, size = query.shape
@@ -149,7 +250,7 @@ class ThresholdPredictor(nn.Module):
 
 
 class TokenScheduler(nn.Module):
-    """Instruction-conditioned token scheduling (ITS): a row's question decides which of its visual tokens stay.
+    """Decides by a row's question which of its visual tokens stay (ITS).
 
     The threshold carries a gradient, through `Schedule.keep_prob`; the saliency does with `saliency_gradient` alone.
     """
@@ -159,90 +260,43 @@ class TokenScheduler(nn.Module):
         self.config = config
         self.predictor = ThresholdPredictor(hidden_size, config)
 
-    def forward(self, queries, question_keys, visual_keys, question, visual, scaling, keep_count=None, flip=None):
-        """
-        Args:
-            queries (B, H, Q, d), question_keys (B, G, Q, d), visual_keys (B, G, V, d): of the scheduling layer, after
-                rotary embedding.
-            question (B, Q), visual (B, V): bool, which of them are real.
-            scaling: 1/sqrt(d).
-            keep_count (B,) long, optional: keep exactly the so many most salient tokens of each row instead of those
-                above the threshold (at most as many as the row has).
-            flip (B,) bool, optional: rows that keep what they would drop (the flip objective).
-        Returns: `Schedule`.
-        """
-        config = self.config
+    needs = frozenset()
+
+    def forward(self, inputs):
+        """`SchedulerInputs` to a `Schedule`: a row keeps the tokens above its threshold, or the `keep_count` most
+        salient (at most as many as it has)."""
+        config, question, visual = self.config, inputs.question, inputs.visual
+        device = inputs.queries.device.type
         learn = config.saliency_gradient and torch.is_grad_enabled()
-        with torch.autocast(queries.device.type, enabled=False), torch.set_grad_enabled(learn):
-            queries, question_keys, visual_keys = queries.float(), question_keys.float(), visual_keys.float()
-            queries = queries * question[:, None, :, None]
-            weights = question_weights(queries, question_keys, question, scaling, config.centrality_floor)
+        with torch.autocast(device, enabled=False), torch.set_grad_enabled(learn):
+            queries = inputs.queries.float() * question[:, None, :, None]
+            question_keys, visual_keys = inputs.question_keys.float(), inputs.visual_keys.float()
+            weights = question_weights(queries, question_keys, question, inputs.scaling, config.centrality_floor)
             if config.saliency == "attention":
-                logits = saliency_attention(queries, visual_keys, weights, question, visual, scaling)
+                logits = saliency_attention(queries, visual_keys, weights, question, visual, inputs.scaling)
             else:
-                logits = saliency_logits(queries, visual_keys, weights, scaling) * visual
+                logits = saliency_logits(queries, visual_keys, weights, inputs.scaling) * visual
             saliency = scale_saliency(logits, visual, config.saliency_eps)
             statistics = saliency_statistics(saliency.detach(), logits.detach(), visual)
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             threshold = self.predictor(statistics)  # (B, 1)
             keep_prob = ((saliency - threshold) / config.keep_temperature).sigmoid() * visual
-        if keep_count is None:
+        if inputs.keep_count is None:
             keep = (keep_prob > config.keep_cutoff) & visual
-            if flip is not None:
-                keep = torch.where(flip[:, None], visual & ~keep, keep)
+            if inputs.flip is not None:
+                keep = torch.where(inputs.flip[:, None], visual & ~keep, keep)
             floor = visual.sum(-1).clamp(max=config.min_kept_tokens)
             keep |= most_salient(saliency, visual, floor) & (keep.sum(-1) < floor)[:, None]
         else:
-            keep = most_salient(saliency, visual, torch.minimum(keep_count.clamp(min=0), visual.sum(-1)))
+            keep = most_salient(saliency, visual, torch.minimum(inputs.keep_count.clamp(min=0), visual.sum(-1)))
         return Schedule(keep, keep_prob, threshold, saliency.detach(), logits.detach(), visual.sum(-1))
 
 
 def most_salient(saliency, visual, count):
-    """(B, V) bool: each row's `count` (B,) tokens of highest saliency; of equals the first."""
+    """(B, V) bool: each row's `count` (B,) tokens of the highest saliency. Where two are equal, the first is taken."""
     order = saliency.masked_fill(~visual, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     chosen = torch.arange(order.shape[1], device=order.device) < count[:, None]
     return torch.zeros_like(visual).scatter(1, order, chosen)
-
-
-def question_mask(input_ids, visual_mask, config):
-    """Which tokens are the question: the text of the last user turn, after its last scan where text follows one.
-
-    Args: input_ids (B, S); visual_mask (B, S) bool; config with the ids of the chat's marks. Without the role word's
-        id (`user_token_id`), or where the chat has none: what stands between the last `<|vision_end|>` and the next
-        `<|im_end|>`, as in the release.
-    Returns: (B, S) bool; rows without visual tokens are all False.
-    Raises: `ValueError` where a row has visual tokens and no question.
-    """
-    found = torch.zeros_like(visual_mask)
-    for row in visual_mask.any(-1).nonzero().flatten().tolist():
-        ids, visual = input_ids[row].tolist(), visual_mask[row].tolist()
-        begin, end = _last_user_turn(ids, config)
-        marks = {config.vision_start_token_id, config.vision_end_token_id}
-        after_scan = max((i + 1 for i in range(begin, end) if ids[i] == config.vision_end_token_id), default=begin)
-        for first in (after_scan, begin):
-            places = [i for i in range(first, end) if not visual[i] and ids[i] not in marks]
-            if places:
-                break
-        else:
-            raise ValueError(
-                f"Row {row} has a scan but no question: expected text in the user turn, closed by the token "
-                f"{config.im_end_token_id} (<|im_end|>). Use processor.apply_chat_template, or pass question_mask."
-            )
-        found[row, places] = True
-    return found
-
-
-def _last_user_turn(ids, config):
-    """First place and end of the last user turn's content; an empty range where there is none."""
-    starts = [
-        i + 3  # <|im_start|>, the role word, a line break
-        for i in range(len(ids) - 1)
-        if ids[i] == config.im_start_token_id and ids[i + 1] == config.user_token_id
-    ]
-    if config.im_start_token_id is None or config.user_token_id is None or not starts:
-        starts = [i + 1 for i, token in enumerate(ids) if token == config.vision_end_token_id]
-    begin = starts[-1] if starts else len(ids)
-    return begin, next((i for i in range(begin, len(ids)) if ids[i] == config.im_end_token_id), begin)
 
 
 def masked_index(mask):
@@ -278,93 +332,22 @@ def gather_places(tensor, index):
 
 
 def scatter_places(values, index, real, length):
-    """values (B, N) to their places in (B, length), 0 elsewhere; index (B, N), real (B, N) as of `masked_index`."""
-    out = values.new_zeros(values.shape[0], length)
-    return out.scatter_add(1, index, torch.where(real, values, 0.0))
+    """values (B, N, ...) to their places in (B, length, ...), 0 elsewhere; index, real (B, N) as of `masked_index`."""
+    shape = (*index.shape, *(1 for _ in values.shape[2:]))
+    out = values.new_zeros(values.shape[0], length, *values.shape[2:])
+    return out.scatter_add(1, index.view(shape).expand_as(values), torch.where(real.view(shape), values, 0.0))
 
 
-def gate_mask(mask, gate):
-    """An attention mask with a gate for each key: `gate` (B, S) is added to its logits.
-
-    A gate of log(p) weighs a key by p against the others, so that p = 0 is the key's deletion. Scaling a hidden state
-    by p is not: the norm in front of the next attention undoes it.
-    mask (B, 1, S, S): bool, True where seen, or additive; `None` for a causal one. Returns (B, 1, S, S), additive.
-    """
-    if mask is None:
-        mask = torch.ones(1, 1, gate.shape[1], gate.shape[1], dtype=torch.bool, device=gate.device).tril()
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=gate.dtype).masked_fill(~mask, torch.finfo(gate.dtype).min)
-    return (mask + gate[:, None, None, :]).clamp(min=torch.finfo(gate.dtype).min)
-
-
-class SurrogateGather(torch.autograd.Function):
-    """Delete tokens; on the way back, tell each visual token's keep probability which way the loss would like it."""
-
-    @staticmethod
-    def forward(ctx, hidden, keep_prob, visual_index, visual, index, rule, row_weight):
-        ctx.save_for_backward(hidden, keep_prob, visual_index, visual, index, row_weight)
-        ctx.rule = rule
-        return gather_places(hidden, index)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        hidden, keep_prob, visual_index, visual, index, row_weight = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        trailing = index.clamp(min=0)[..., None].expand_as(grad_output)
-        # add, not set: padded places share index 0, and their gradient is zeroed first
-        grad_hidden.scatter_add_(1, trailing, grad_output * (index >= 0)[..., None].to(grad_output.dtype))
-        places = visual_index[..., None].expand(-1, -1, hidden.shape[-1])
-        product = hidden.gather(1, places).float() * grad_hidden.gather(1, places).float()  # (B, V, D)
-        if row_weight is not None:  # the row's own loss: the rule's floors hold for its scale, not for a share of it
-            product = product / row_weight[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
-        grad_keep = surrogate_gradient(product, keep_prob.float(), visual, ctx.rule)
-        if row_weight is not None:
-            grad_keep = grad_keep * row_weight[:, None]
-        return grad_hidden, grad_keep.to(keep_prob.dtype), None, None, None, None, None
-
-
-def surrogate_gradient(product, keep_prob, visual, rule):
-    """The gradient that reaches the keep probabilities (paper section 3.3; constants of the release).
-
-    Args: product (B, V, D), hidden state times its gradient, 0 where the token was deleted; keep_prob (B, V);
-        visual (B, V) bool; rule: a config with the `surrogate*` fields.
-    Returns: (B, V).
-
-    With `surrogate="taylor"` a token whose deletion would raise the loss, to first order, is pushed up; with
-    `"release"` it is pushed down (the direction that the authors' code takes by default).
-    """
-    count = visual.sum(-1, keepdim=True).clamp(min=1)
-
-    def mean(x):
-        return (x * visual).sum(-1, keepdim=True) / count
-
-    taylor = rule.surrogate == "taylor"
-    importance = product.sum(-1) * (-1 if taylor else 1)
-    centred = importance - mean(importance)
-    std = mean(centred**2).sqrt().clamp(min=rule.surrogate_std_floor)
-    squashed = (centred / std).clamp(-rule.surrogate_clip, rule.surrogate_clip)
-    direction = 0.5 - (0.5 + 0.5 * squashed.tanh())
-    if not taylor:
-        direction = direction - mean(direction)
-    magnitude = product.abs().sum(-1)
-    magnitude = magnitude / mean(magnitude).clamp(min=rule.surrogate_eps)
-    magnitude = magnitude.clamp(rule.surrogate_magnitude_min, rule.surrogate_magnitude_max)
-    slope = (keep_prob * (1 - keep_prob)).clamp(min=rule.surrogate_slope_floor)
-    return rule.surrogate_scale * direction * magnitude * slope * visual
-
-
-def surrogate_gather(hidden, schedule, visual_index, visual, index, rule, row_weight=None):
-    """hidden (B, S, D) at index (B, S') -> (B, S', D), with the surrogate gradient for `schedule.keep_prob` (B, V);
-    visual_index (B, V) and visual (B, V) as of `masked_index`; rule: a config with the `surrogate*` fields.
-
-    row_weight (B,): each row's share of the loss, default 1. The rule normalises the gradients it is given, so a share
-    that is only in the loss would not reach the keep probabilities, and a batch, its micro-batches and its ranks would
-    train the threshold differently.
-    """
-    return SurrogateGather.apply(hidden, schedule.keep_prob, visual_index, visual, index, rule, row_weight)
-
-
-def soft_weight(hidden, schedule, visual_index, visual):
-    """The soft phase: visual hidden states times their keep probability, by ordinary autograd. Returns (B, S, D)."""
-    weights = 1.0 + scatter_places(schedule.keep_prob - 1.0, visual_index, visual, hidden.shape[1])
-    return hidden * weights[..., None].to(hidden.dtype)
+def keep_counts(visual_count, token_budget, keep_ratio):
+    """(B,) how many of each row's visual tokens (B,) to keep, or `None` to leave it to the threshold."""
+    if token_budget is not None and keep_ratio is not None:
+        raise ValueError("Pass token_budget or keep_ratio, not both.")
+    if token_budget is not None:
+        if token_budget < 0 or token_budget != int(token_budget):
+            raise ValueError(f"token_budget is {token_budget}; expected a whole number of tokens, 0 or more.")
+        return torch.full_like(visual_count, int(token_budget))
+    if keep_ratio is not None:
+        if not 0 <= keep_ratio <= 1:
+            raise ValueError(f"keep_ratio is {keep_ratio}; expected a share from 0 to 1.")
+        return (visual_count * keep_ratio).round().long()
+    return None

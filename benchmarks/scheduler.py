@@ -15,7 +15,8 @@ import torch
 from common import ROOT, arguments, interleaved, report
 from photon.configuration_photon import PhotonConfig
 from photon.decoder_photon import PhotonTextModel
-from photon.scheduling_photon import cut_index, masked_index, surrogate_gather
+from photon.scheduling_photon import ScanRequest, cut_index
+from photon.scheduling_surrogate_photon import surrogate_gather
 
 VISUAL, QUESTION, TEXT, KEPT = 1000, 24, 80, 0.39
 PRESETS = {
@@ -70,17 +71,16 @@ def main():
         decoder(inputs_embeds=embeds, use_cache=True, **masks)
 
     positions = torch.arange(length, device=device).expand(3, 1, -1)
-    rotary = decoder.rotary_emb(embeds, positions)
+    request = ScanRequest(visual, question, torch.ones_like(visual), count)
+    layer = decoder.layers[decoder.scoring_layer]
 
     @torch.no_grad()
     def scheduler_alone():  # what the pruned prefill does beside running layers
-        layer = decoder.layers[decoder.look_layer]
-        question_index, asked = masked_index(question)
-        visual_index, seen = masked_index(visual)
-        looks = layer.look(embeds, rotary, question_index, visual_index)
-        schedule = decoder.scheduler(*looks, asked, seen, layer.self_attn.scaling, count)
-        index = cut_index(visual, schedule.keep, torch.ones_like(visual))
-        short = surrogate_gather(embeds, schedule, visual_index, seen, index, config)
+        rotary = decoder.rotary_emb(embeds, positions)
+        scores = layer.scores(embeds, rotary, *decoder.score_places(request))
+        schedule = decoder.scheduler(decoder.scheduler_inputs(request, scores, embeds, layer))
+        index = cut_index(visual, schedule.keep_mask, request.real)
+        short = surrogate_gather(embeds, schedule, request.visual_index, request.visual, index, config)
         decoder.rotary_emb(short, positions[..., : short.shape[1]])
 
     seconds = interleaved({"dense": dense, "pruned": pruned, "scheduler": scheduler_alone}, device, options.repeats)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import collate, text_row, three_rows, tiny_model
-from photon.scheduling_photon import gate_mask
+from photon.scheduling_surrogate_photon import gate_mask
 
 ROWS = [*three_rows(answers=True), text_row(answer=(75, 76))]
 

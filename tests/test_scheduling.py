@@ -16,14 +16,15 @@ from conftest import (
     tiny_config,
 )  # fmt: skip
 from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.prompt_photon import question_mask
 from photon.scheduling_photon import (
     Schedule,
+    SchedulerInputs,
     TokenScheduler,
     cut_index,
     masked_index,
-    question_mask,
-    surrogate_gather,
 )
+from photon.scheduling_surrogate_photon import surrogate_gather
 
 B, H, G, D, Q, V = 2, 6, 2, 8, 5, 11
 
@@ -71,7 +72,7 @@ def test_saliency_and_threshold_by_hand(tensors, saliency):
     config = tiny_config(saliency=saliency)
     scheduler = TokenScheduler(32, config)
     torch.nn.init.normal_(scheduler.predictor.mlp[0].weight, generator=torch.Generator().manual_seed(1))
-    schedule = scheduler(*tensors)
+    schedule = scheduler(SchedulerInputs(*tensors))
     visual = tensors[4]
     for row in range(B):
         v = int(visual[row].sum())
@@ -88,8 +89,8 @@ def test_saliency_and_threshold_by_hand(tensors, saliency):
         torch.testing.assert_close(schedule.threshold[row], theta, atol=1e-5, rtol=1e-4)
         p = ((s - theta) / 0.2).sigmoid()
         torch.testing.assert_close(schedule.keep_prob[row, :v], p, atol=1e-5, rtol=1e-4)
-        assert torch.equal(schedule.keep[row, :v], p > 0.5)
-    assert not schedule.keep[~visual].any() and not schedule.keep_prob[~visual].any()
+        assert torch.equal(schedule.keep_mask[row, :v], p > 0.5)
+    assert not schedule.keep_mask[~visual].any() and not schedule.keep_prob[~visual].any()
     assert schedule.visual_count.tolist() == [11, 7]
 
 
@@ -99,28 +100,28 @@ def test_the_saliency_carries_a_gradient_only_when_asked(tensors, saliency):
     names = ("queries", "question_keys", "visual_keys")
     weight = torch.randn(B, V, generator=torch.Generator().manual_seed(5)).double()
 
-    def keep_prob(scheduler, *looks):
-        return (scheduler(*looks, question, visual, scaling).keep_prob.double() * weight).sum()
+    def keep_prob(scheduler, *scores):
+        return (scheduler(SchedulerInputs(*scores, question, visual, scaling)).keep_prob.double() * weight).sum()
 
-    looks = [tensor.clone().requires_grad_() for tensor in (queries, question_keys, visual_keys)]
+    scores = [tensor.clone().requires_grad_() for tensor in (queries, question_keys, visual_keys)]
     detached = TokenScheduler(32, tiny_config(saliency=saliency))
-    keep_prob(detached, *looks).backward()
-    assert all(tensor.grad is None for tensor in looks)
+    keep_prob(detached, *scores).backward()
+    assert all(tensor.grad is None for tensor in scores)
     assert detached.predictor.mlp[-1].bias.grad.abs() > 0
 
     scheduler = TokenScheduler(32, tiny_config(saliency=saliency, saliency_gradient=True))
     scheduler.load_state_dict(detached.state_dict())
     torch.nn.init.zeros_(scheduler.predictor.mlp[0].weight)  # a fixed threshold: its statistics carry no gradient
-    schedule = scheduler(*looks, question, visual, scaling)
-    assert torch.equal(schedule.saliency, detached(*looks, question, visual, scaling).saliency)
+    schedule = scheduler(SchedulerInputs(*scores, question, visual, scaling))
+    assert torch.equal(schedule.saliency, detached(SchedulerInputs(*scores, question, visual, scaling)).saliency)
     assert not schedule.saliency.requires_grad and not schedule.saliency_logits.requires_grad
-    keep_prob(scheduler, *looks).backward()
+    keep_prob(scheduler, *scores).backward()
     chance = torch.Generator().manual_seed(6)
-    for name, tensor in zip(names, looks, strict=True):
+    for name, tensor in zip(names, scores, strict=True):
         direction = torch.randn(tensor.shape, generator=chance)
         with torch.no_grad():
             ends = [
-                keep_prob(scheduler, *(t + step * direction if t is tensor else t for t in looks))
+                keep_prob(scheduler, *(t + step * direction if t is tensor else t for t in scores))
                 for step in (1e-3, -1e-3)
             ]
         slope = float(ends[0] - ends[1]) / 2e-3
@@ -138,38 +139,38 @@ def test_initial_threshold_keeps_nearly_all():
 def test_at_least_one_token_stays(tensors):
     scheduler = TokenScheduler(32, tiny_config(threshold_max=1.0))
     torch.nn.init.constant_(scheduler.predictor.mlp[-1].bias, 40.0)  # threshold 1: nothing is above it
-    schedule = scheduler(*tensors)
-    assert schedule.keep.sum(-1).tolist() == [1, 1]
-    assert torch.equal(schedule.keep.int().argmax(-1), schedule.saliency.argmax(-1))
+    schedule = scheduler(SchedulerInputs(*tensors))
+    assert schedule.keep_mask.sum(-1).tolist() == [1, 1]
+    assert torch.equal(schedule.keep_mask.int().argmax(-1), schedule.saliency.argmax(-1))
 
 
 def test_token_budget_and_ties(tensors):
     scheduler = TokenScheduler(32, tiny_config())
-    schedule = scheduler(*tensors, keep_count=torch.tensor([4, 99]))
-    assert schedule.keep.sum(-1).tolist() == [4, 7]  # no more than there are
+    schedule = scheduler(SchedulerInputs(*tensors, keep_count=torch.tensor([4, 99])))
+    assert schedule.keep_mask.sum(-1).tolist() == [4, 7]  # no more than there are
     top = schedule.saliency[0].topk(4).indices
-    assert schedule.keep[0, top].all()
+    assert schedule.keep_mask[0, top].all()
     queries, question_keys, visual_keys, *rest = tensors
     same = visual_keys[:, :, :1].expand(-1, -1, V, -1)
-    schedule = scheduler(queries, question_keys, same, *rest, keep_count=torch.tensor([3, 2]))
-    assert schedule.keep[0].nonzero().flatten().tolist() == [0, 1, 2]  # of equals the first
+    schedule = scheduler(SchedulerInputs(queries, question_keys, same, *rest, keep_count=torch.tensor([3, 2])))
+    assert schedule.keep_mask[0].nonzero().flatten().tolist() == [0, 1, 2]  # of equals the first
 
 
 def test_flipped_rows_keep_the_others(tensors):
     scheduler = TokenScheduler(32, tiny_config())
     torch.nn.init.constant_(scheduler.predictor.mlp[-1].bias, 0.0)
-    plain = scheduler(*tensors)
-    flipped = scheduler(*tensors, flip=torch.tensor([False, True]))
+    plain = scheduler(SchedulerInputs(*tensors))
+    flipped = scheduler(SchedulerInputs(*tensors, flip=torch.tensor([False, True])))
     visual = tensors[4]
-    assert torch.equal(flipped.keep[0], plain.keep[0])
-    assert torch.equal(flipped.keep[1], visual[1] & ~plain.keep[1]) and flipped.keep[1].any()
+    assert torch.equal(flipped.keep_mask[0], plain.keep_mask[0])
+    assert torch.equal(flipped.keep_mask[1], visual[1] & ~plain.keep_mask[1]) and flipped.keep_mask[1].any()
 
 
 def test_no_gradient_reaches_the_saliency(tensors):
     queries, question_keys, visual_keys, *rest = tensors
     leaves = [t.clone().requires_grad_() for t in (queries, question_keys, visual_keys)]
     scheduler = TokenScheduler(32, tiny_config())
-    scheduler(*leaves, *rest).keep_prob.sum().backward()
+    scheduler(SchedulerInputs(*leaves, *rest)).keep_prob.sum().backward()
     assert all(leaf.grad is None for leaf in leaves)
     assert all(parameter.grad is not None for parameter in scheduler.parameters())
 

@@ -1,0 +1,297 @@
+"""Where the parts of a prompt lie: scans, the question, padding; and what is known of each token beside its states.
+
+Masks of the parts, three-axis positions, and the features that selection methods may ask for.
+
+B rows, S places. Positions have three axes (depth, row, column); text advances all three together.
+"""
+
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
+
+from .scheduling_photon import masked_index
+
+NO_TOKEN_TYPES = (
+    "mm_token_type_ids is missing, without which volume tokens would get the positions of plain text. Pass everything "
+    "that the processor returns, model(**inputs) or model.generate(**inputs); a collator must keep mm_token_type_ids."
+)
+NO_MASKS = (
+    "Got inputs_embeds without visual_mask and question_mask (B, S), which tell the scheduler where the scan and the "
+    "question are. Pass them, pass input_ids, or set use_scheduler=False."
+)
+
+
+# === Masks ===========================================================================================================
+
+
+def visual_places(input_ids, inputs_embeds, visual_mask, config):
+    """Which tokens are visual, (B, S) bool; `None` where neither ids nor a mask tell."""
+    if visual_mask is not None or input_ids is None:
+        return grown_mask(visual_mask, inputs_embeds if input_ids is None else input_ids)
+    return (input_ids == config.video_token_id) | (input_ids == config.image_token_id)
+
+
+def check_scan(visual, fresh, given, position_ids, mm_token_type_ids):
+    """Raises `ValueError` where a prompt with visual tokens lacks its scans or token types, or comes too late."""
+    if not fresh:
+        raise ValueError(
+            "Volume tokens came with a cache that already holds a conversation; scans are read in the first call "
+            "only. Start a fresh prompt with all its scans."
+        )
+    if not given:
+        raise ValueError(
+            f"The prompt has {int(visual.sum())} volume tokens but no volumes: pass pixel_values_videos and "
+            "video_grid_thw, as the processor returns them."
+        )
+    if position_ids is None and mm_token_type_ids is None:
+        raise ValueError(NO_TOKEN_TYPES)
+
+
+def question_mask(input_ids, visual_mask, config):
+    """Which tokens are the question, (B, S) bool: the text of the last user turn, after its last scan if text follows.
+
+    Args: input_ids (B, S); visual_mask (B, S) bool; config with the ids of the chat's marks. Without the role word's
+        id (`user_token_id`), or where the chat has none: what stands between the last `<|vision_end|>` and the next
+        `<|im_end|>`, as in the release.
+    Returns: (B, S) bool; rows without visual tokens are all False.
+    Raises: `ValueError` where a row has visual tokens and no question.
+    """
+    mask = torch.zeros_like(visual_mask)
+    for row in visual_mask.any(-1).nonzero().flatten().tolist():
+        ids, visual = input_ids[row].tolist(), visual_mask[row].tolist()
+        begin, end = _last_user_turn(ids, config)
+        marks = {config.vision_start_token_id, config.vision_end_token_id}
+        after_scan = max((i + 1 for i in range(begin, end) if ids[i] == config.vision_end_token_id), default=begin)
+        for first in (after_scan, begin):
+            places = [i for i in range(first, end) if not visual[i] and ids[i] not in marks]
+            if places:
+                break
+        else:
+            raise ValueError(
+                f"Row {row} has a scan but no question: expected text in the user turn, closed by the token "
+                f"{config.im_end_token_id} (<|im_end|>). Use processor.apply_chat_template, or pass question_mask."
+            )
+        mask[row, places] = True
+    return mask
+
+
+def _last_user_turn(ids, config):
+    """First place and end of the last user turn's content; an empty range where there is none."""
+    starts = [
+        i + 3  # <|im_start|>, the role word, a line break
+        for i in range(len(ids) - 1)
+        if ids[i] == config.im_start_token_id and ids[i + 1] == config.user_token_id
+    ]
+    if config.im_start_token_id is None or config.user_token_id is None or not starts:
+        starts = [i + 1 for i, token in enumerate(ids) if token == config.vision_end_token_id]
+    begin = starts[-1] if starts else len(ids)
+    return begin, next((i for i in range(begin, len(ids)) if ids[i] == config.im_end_token_id), begin)
+
+
+def real_places(attention_mask, like):
+    """(B, S) bool: places that are not padding; all of them where there is no mask.
+
+    Raises: `ValueError` for a mask that is not two-dimensional.
+    """
+    if attention_mask is None:
+        return torch.ones_like(like)
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has {attention_mask.ndim} dimensions; the cut needs a 2D one (batch, sequence). Pass "
+            "that, or use_scheduler=False."
+        )
+    return attention_mask.bool()
+
+
+def grown_mask(mask, like):
+    """A prompt's mask (B, S0) for the longer sequence `like` (B, S, ...), since generation appends tokens."""
+    if mask is None or mask.shape[1] == like.shape[1]:
+        return mask
+    return nn.functional.pad(mask, (0, like.shape[1] - mask.shape[1]))
+
+
+# === Positions =======================================================================================================
+
+
+def prompt_positions(kinds, grids, intervals, vision_position_ids, row):
+    """Three-axis positions (3, N) of one row's N real tokens, and the position after the last.
+
+    As Qwen2.5-VL's, except that text behind a volume starts after the largest position on any axis. The parent counts
+    rows and columns only, so that the last slabs of a deep volume would lie behind the text that follows them.
+
+    Args:
+        kinds (N,): 0 text, 1 image, 2 volume, as `mm_token_type_ids`.
+        grids: {kind: iterator over (t, h, w)}, in the order of the prompts; intervals: {kind: iterator over the
+            positions from one slab to the next}.
+        vision_position_ids: (start, grid, interval) -> (3, tokens), the parent's.
+        row: its number, for messages.
+    """
+    values, counts = kinds.unique_consecutive(return_counts=True)
+    parts, start = [], 0
+    for kind, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if kind == 0:
+            part = torch.arange(start, start + count, device=kinds.device).expand(3, -1)
+        else:
+            grid = next(grids[kind], None)
+            if grid is None:
+                raise ValueError(
+                    f"Row {row} has more groups of volume tokens than there are volumes; they must match one to one. "
+                    "Use the processor."
+                )
+            part = vision_position_ids(start, grid, next(intervals[kind]))
+            if part.shape[1] != count:
+                raise ValueError(
+                    f"Row {row}: {count} volume tokens stand together where the grid gives {part.shape[1]}. "
+                    "Volumes and volume tokens must match one to one; use the processor."
+                )
+        parts.append(part)
+        start = int(part.max()) + 1
+    return torch.cat(parts, dim=1), start
+
+
+def rope_deltas(position_ids, attention_mask):
+    """(B, 1): the position of a row's next token minus the row's length.
+
+    position_ids (B, S), (3, B, S) or (4, B, S), whose last three are the axes.
+    """
+    last = (position_ids if position_ids.ndim == 2 else position_ids[-3:].amax(0)).amax(-1)
+    real = real_places(attention_mask, position_ids[0] if position_ids.ndim == 3 else position_ids)
+    return (last + 1 - real.sum(-1).to(last.device)).unsqueeze(1)
+
+
+# === Features for selection methods ==================================================================================
+
+
+@dataclass
+class PhotonVisionOutput(BaseModelOutputWithPooling):
+    """
+    The vision tower's output for P places of scans in the prompts.
+
+    Args:
+        pooler_output (`list[torch.FloatTensor]`): P tensors (tokens, D).
+        deepstack_features (`list[list[torch.Tensor]]`, *optional*):
+            What the scheduler needs of each token, of `scheduler_features`: lists of P tensors
+            (tokens, ...). Generation expands lists of this name for beams, as it does the pooler output.
+    """
+
+    deepstack_features: list | None = None
+
+
+def grids_of_volumes(grids, volume_index):
+    """Grids of the places (P, 3) -> grids of the volumes (volumes, 3) that volume_index (P,) names."""
+    volumes = int(volume_index.max()) + 1 if len(volume_index) else 0
+    places = [(volume_index == volume).nonzero()[:, 0] for volume in range(volumes)]
+    if len(volume_index) != len(grids) or not all(len(place) for place in places):
+        raise ValueError(
+            f"volume_index names the volumes {volume_index.tolist()} for {len(grids)} places; expected one number a "
+            "place, and each volume from 0 on in at least one. Pass it as the processor returns it."
+        )
+    of_volumes = torch.stack([grids[place[0]] for place in places])
+    if not torch.equal(of_volumes[volume_index], grids):
+        raise ValueError("Places that volume_index gives one volume have unlike rows in video_grid_thw.")
+    return of_volumes
+
+
+def grid_coordinates(grid, merge):
+    """Depth, row and column of each visual token of one scan, (tokens, 3); grid (t, h, w) in patches."""
+    t, h, w = (int(n) for n in grid)
+    axes = (torch.arange(n, device=grid.device) for n in (t, h // merge, w // merge))
+    return torch.cartesian_prod(*axes).view(-1, 3)
+
+
+def scheduler_features(lists, visual_mask):
+    """Features of the tokens of P scans, a list of P tensors (tokens, ...) each, as (B, V, ...) of `SchedulerInputs`.
+
+    Args: lists: coordinates (tokens, 3), and with the vision tower's attention also its two tensors; visual_mask
+        (B, S) bool.
+    """
+    index, visual = masked_index(visual_mask)
+    coordinates = torch.cat(lists[0]).to(visual.device)
+    place = torch.cat([torch.full((len(part),), number) for number, part in enumerate(lists[0])]).to(visual.device)
+
+    def by_row(values):  # (tokens of all rows, ...) -> (B, V, ...)
+        out = values.new_zeros(*visual.shape, *values.shape[1:])
+        out[visual] = values
+        return out
+
+    place = by_row(place)
+    first = place.masked_fill(~visual, len(lists[0])).amin(-1, keepdim=True)
+    scan = torch.where(visual, place - first, 0)  # a row's scans count from 0
+    features = {"coordinates": torch.cat([scan[..., None], by_row(coordinates)], dim=-1)}
+    for name, part in zip(("vision_attention", "vision_keys"), lists[1:], strict=False):
+        features[name] = by_row(torch.cat(list(part)).to(visual.device))
+    return features
+
+
+def last_of_prompt(input_ids, question_mask, config):
+    """Place of each prompt's last token, (B, 1): the end of the line that opens the answer, or of the question.
+
+    Tokens of an answer, in training or in generation without a cache, do not count.
+    """
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    end = torch.where(question_mask, places, 0).amax(-1, keepdim=True)  # (B, 1)
+    if config.im_start_token_id is None:
+        return end
+    opens = (input_ids == config.im_start_token_id) & (places > end)  # "<|im_start|>", the role word, a line break
+    first = torch.where(opens, places, input_ids.shape[1]).amin(-1, keepdim=True)
+    return torch.where(first + 2 < input_ids.shape[1], first + 2, end)
+
+
+def row_numbers(input_ids, visual_mask, last_index):
+    """(B,) long: a number for each row that follows from its prompt's words, whatever its padding and its batch.
+
+    Args: input_ids (B, S); visual_mask (B, S) bool; last_index (B, 1), each prompt's last place.
+    """
+    numbers = []
+    for ids, visual, last in zip(input_ids, visual_mask, last_index[:, 0].tolist(), strict=True):
+        first = int(visual.int().argmax())
+        words = ids[first : last + 1][~visual[first : last + 1]].tolist()
+        digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+        numbers.append(int.from_bytes(digest, "big") >> 2)
+    return torch.tensor(numbers, device=input_ids.device)
+
+
+@contextmanager
+def record_attention(visual, grids, active=True):
+    """Records the attention that tokens receive in the vision tower's last full-attention block, while it runs.
+
+    The block attends within one depth slab, so the attention is computed slab by slab, never for all pairs of patches.
+    Yields a list that holds afterwards the attention received (tokens,), mean over heads and over a token's patches, 1
+    on average, and the keys (tokens, d), mean likewise. The list stays empty if not `active`.
+    """
+    recorded = []
+    if not active:
+        yield recorded
+        return
+    attention = visual.blocks[max(visual.fullatt_block_indexes)].attn
+    merge = visual.spatial_merge_unit
+
+    @torch.no_grad()
+    def record(module, args, kwargs):
+        hidden_states = args[0]
+        states = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1))  # (patches, 3, heads, d)
+        query, key = apply_rotary_pos_emb_vision(states[:, 0], states[:, 1], *kwargs["position_embeddings"])
+        lengths = kwargs["cu_seqlens"].diff().tolist()
+        received = []
+        for q, k in zip(query.float().split(lengths), key.float().split(lengths), strict=True):  # one slab
+            logits = torch.einsum("qhd,khd->hqk", q, k) * module.scaling
+            received.append(logits.softmax(-1).sum(1).mean(0))  # (patches of the slab,)
+        sizes = (visual.spatial_merge_size, visual.window_size, visual.patch_size)
+        window_index, _ = get_vision_window_index(grids, *sizes)
+        order = window_index.to(hidden_states.device).argsort()
+        recorded[:] = [
+            torch.cat(received).view(-1, merge).mean(1)[order],
+            key.float().mean(1).view(len(order), merge, -1).mean(1)[order],
+        ]
+
+    handle = attention.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield recorded
+    finally:
+        handle.remove()
