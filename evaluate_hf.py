@@ -24,7 +24,6 @@ import transformers
 from photon.console import one_line_faults
 from photon.evaluation.benchmarks import BENCHMARKS
 from photon.evaluation.comparison import compare
-from photon.evaluation.models import CONTROLS, SCHEDULERS
 from photon.evaluation.predictions import read_predictions, read_records
 from photon.evaluation.questions import load_benchmark, missing_report
 from photon.evaluation.run import Settings, answered
@@ -32,6 +31,7 @@ from photon.evaluation.summary import summary, text_of
 from photon.evaluation.swapping import swapped
 from photon.loading import HUB_ID
 from photon.run_folder import RunError, write_whole
+from photon.schedulers import SCHEDULERS
 
 
 def parse(argv=None):
@@ -59,7 +59,7 @@ def parse(argv=None):
                        help="multiple choice: write an answer, or take the likeliest letter")  # fmt: skip
     group.add_argument(
         "--scheduler",
-        choices=SCHEDULERS,
+        choices=("on", "off", *SCHEDULERS),
         default="on",
         help="on: as the model was trained; off keeps all visual tokens; random, flipped: others, as many",
     )
@@ -106,8 +106,6 @@ def wrong_arguments(args):
         return "A run needs --output, the folder for its predictions."
     if args.swap_scans and not args.model:
         return "--swap-scans is for a run; predictions of swapped scans are scored as they are."
-    if args.scheduler in CONTROLS and (args.token_budget, args.keep_ratio) != (None, None):
-        return f"--scheduler {args.scheduler} keeps as many tokens as the scheduler would; give no other number."
     if sum((args.scheduler == "off", args.token_budget is not None, args.keep_ratio is not None)) > 1:
         return "--scheduler off, --token-budget and --keep-ratio exclude each other."
     if args.token_budget is not None and args.token_budget < 0:

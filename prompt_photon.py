@@ -183,6 +183,15 @@ class PhotonVisionOutput(BaseModelOutputWithPooling):
     deepstack_features: list | None = None
 
 
+def join_outputs(outputs):
+    """One `PhotonVisionOutput` of several, their places one after the other."""
+    features = [output.deepstack_features for output in outputs]
+    joined = None if None in features else [sum(lists, []) for lists in zip(*features, strict=True)]
+    return PhotonVisionOutput(
+        pooler_output=[part for output in outputs for part in output.pooler_output], deepstack_features=joined
+    )
+
+
 def grids_of_volumes(grids, volume_index):
     """Grids of the places (P, 3) -> grids of the volumes (volumes, 3) that volume_index (P,) names."""
     volumes = int(volume_index.max()) + 1 if len(volume_index) else 0

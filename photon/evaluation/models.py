@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from photon.configuration_photon import PhotonConfig
 from photon.evaluation.slices import axial_slices
 from photon.loading import load_processor
+from photon.prompt_photon import join_outputs
 from photon.run_folder import RunError
 from photon.scan_faults_photon import VolumeError
-from photon.schedulers.controls import CONTROLS, ControlScheduler
-
-SCHEDULERS = ("on", "off", *CONTROLS)
+from photon.schedulers import use_scheduler
 
 
 @dataclass
@@ -121,16 +119,16 @@ class VolumeModel(Answerer):
 
     @torch.inference_mode()
     def encode(self, scan):
-        """Visual tokens (N, D) and grid (1, 3)."""
+        """The vision tower's output and the grid (1, 3)."""
         patches, grid = (scan[name].to(self.model.device) for name in ("pixel_values_videos", "video_grid_thw"))
-        return self.model.model.get_video_features(patches, grid, return_dict=True).pooler_output[0], grid
+        return self.model.model.get_video_features(patches, grid, return_dict=True), grid
 
     def part(self, scan, number, total):
         return [{"type": "volume"}]
 
     def inputs(self, chats, scans):
         """As the processor makes them of the same chats, but with encoded scans in place of patches."""
-        marks = [self.processor.video_token * len(features) for features, _ in scans] * len(chats)
+        marks = [self.processor.video_token * len(output.pooler_output[0]) for output, _ in scans] * len(chats)
         texts, _ = self.processor.get_text_with_replacements(
             [self.text(chat) for chat in chats], videos_replacements=marks
         )
@@ -139,8 +137,8 @@ class VolumeModel(Answerer):
         inputs = {**inputs, "mm_token_type_ids": torch.tensor(kinds)}
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         if scans:
-            features, grids = zip(*scans, strict=True)
-            encoded = BaseModelOutputWithPooling(pooler_output=list(features) * len(chats))
+            outputs, grids = zip(*scans, strict=True)
+            encoded = join_outputs(outputs * len(chats))
             inputs |= {"mm_encoder_outputs": {"video": encoded}, "video_grid_thw": torch.cat(grids * len(chats))}
         return inputs
 
@@ -225,14 +223,7 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         raise RunError(f"--model lacks {len(absent)} of its weights, or has them in another shape, {absent[0]} first.")
     model = model.to(device).eval()
     if photon:
-        set_scheduler(model, scheduler, seed)
+        if scheduler not in ("on", "off"):  # "on" is the model's own, "off" an argument of `generate`
+            use_scheduler(model, scheduler, seed=seed)
         return VolumeModel(processor, model, max_new_tokens, scheduling, cache_dir=cache_dir)
     return SliceModel(processor, model, max_new_tokens, slices=slices, window=window, modality=modality)
-
-
-def set_scheduler(model, name, seed=0):
-    """Replaces the scheduler of a Photon model by the one of this name. "on" and "off" leave the model's own in place;
-    "off" is an argument of `generate`. seed: of what is drawn at random."""
-    if name in CONTROLS:
-        decoder = model.model.language_model
-        decoder.scheduler = ControlScheduler(decoder.scheduler, name, seed)
