@@ -37,7 +37,9 @@ from photon.evaluation.run import identity
 from photon.evaluation.slices import axial_slices
 from photon.phantoms import patient as phantom_patient
 from photon.run_folder import RunError
-from photon.schedulers.controls import ControlScheduler
+from photon.schedulers.flipped import FlippedScheduler
+from photon.schedulers.random import RandomScheduler
+from photon.scheduling_photon import SchedulerInputs
 
 CPU = torch.device("cpu")
 NAME = "doe_jane"  # a patient's name in the scans' file names, which must not come out
@@ -445,28 +447,24 @@ def test_controls_keep_as_many_other_tokens(capsys, data, talker, tmp_path):
     assert answers["on"] != answers["flipped"] != answers["random"] != answers["on"]
     more = ["--limit", 6, "--choices", "logprob", "--scheduler", "random", "--seed", 1]
     assert "another run" in refusal(capsys, data, talker, tmp_path / "random", *more)
-    assert "no other number" in refusal(
-        capsys, data, talker, tmp_path / "x", "--scheduler", "random", "--keep-ratio", 1
-    )
 
 
 def test_control_selections(model):
     scheduler = model.model.model.language_model.scheduler
     chance = torch.Generator().manual_seed(0)
-    queries, keys, seen = (torch.randn(2, n, m, 8, generator=chance) for n, m in ((4, 5), (2, 5), (2, 13)))
+    queries, keys, visual_keys = (torch.randn(2, n, m, 8, generator=chance) for n, m in ((4, 5), (2, 5), (2, 13)))
     visual = torch.arange(13) < torch.tensor([[13], [9]])
-    args = (queries, keys, seen, torch.ones(2, 5, dtype=torch.bool), visual, 8**-0.5, torch.tensor([6, 4]))
-    own, flipped = scheduler(*args), ControlScheduler(scheduler, "flipped")(*args)
-    drawn = [ControlScheduler(scheduler, "random", seed)(*args).keep for seed in (0, 0, 1)]
+    args = (queries, keys, visual_keys, torch.ones(2, 5, dtype=torch.bool), visual, 8**-0.5, torch.tensor([6, 4]))
+    inputs = SchedulerInputs(*args, row_number=torch.tensor([17, 4]))
+    reference, flipped = scheduler(inputs), FlippedScheduler(scheduler)(inputs)
+    drawn = [RandomScheduler(scheduler, seed)(inputs).keep_mask for seed in (0, 0, 1)]
     for row, (count, many) in enumerate(((13, 6), (9, 4))):
-        order = own.saliency[row, :count].argsort()
-        assert set(flipped.keep[row].nonzero().flatten().tolist()) == set(order[:many].tolist())
+        order = reference.saliency[row, :count].argsort()
+        assert set(flipped.keep_mask[row].nonzero().flatten().tolist()) == set(order[:many].tolist())
         for keep in drawn:
             assert keep[row].sum() == many and not keep[row, count:].any()
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert torch.equal(flipped.threshold, own.threshold)
-    with pytest.raises(ValueError, match="expected one of random, flipped"):
-        ControlScheduler(scheduler, "none")
+    assert torch.equal(flipped.threshold, reference.threshold)
 
 
 def test_swapped_run_sees_other_scans(capsys, data, talker, tmp_path):

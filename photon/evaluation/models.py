@@ -197,7 +197,7 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
     Args:
         source: folder or Hub id. device: a `torch.device`. dtype: "auto" is float32 on a CPU.
         scheduling: arguments of Photon's `generate`.
-        scheduler, seed: as `set_scheduler` takes them.
+        scheduler: "on", "off" or a name of `photon.schedulers.SCHEDULERS`; seed: of what is drawn at random.
         cache_dir: folder of preprocessed scans for Photon.
         slices, window: how other models get a scan.
     Raises: `RunError` where the checkpoint is no model or lacks weights, or another model is given a scheduler.
