@@ -16,21 +16,21 @@ from photon.rows import RowError
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path):
     """The example in the docstring, written to a file and registered; and the folder of its questions."""
-    example = re.search(r"\n\n((?:    .*\n|\n)+)\nand add", benchmarks.__doc__)[1]
+    example = re.search(r"\n\n((?:    .*\n|\n)+)\nand import", benchmarks.__doc__)[1]
     assert len(example.strip().splitlines()) <= 25
     file = tmp_path / "effusion.py"
     file.write_text(textwrap.dedent(example))
     spec = importlib.util.spec_from_file_location("effusion", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(BENCHMARKS, "effusion", module.Effusion())
     folder = tmp_path / "data"
     folder.mkdir()
     records = [{"case": f"p{i}", "effusion": "yes" if i % 3 else "no"} for i in range(7)]
     (folder / "effusion.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+    yield folder
+    del BENCHMARKS["effusion"]
 
 
 def test_a_new_benchmark_is_one_file_and_one_line(toy, capsys):

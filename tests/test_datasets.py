@@ -194,7 +194,8 @@ def test_faulty_files_are_named(tmp_path):
 
 def test_unknown_names_are_refused(tmp_path):
     rad(tmp_path)
-    assert "known are 3d-rad, deeptumorvqa-1-mc" in faults("3drad", tmp_path)
+    known = ", ".join(sorted(questions.BENCHMARKS))
+    assert "3d-rad" in known and "deeptumorvqa-1-mc" in known and f"known are {known}." in faults("3drad", tmp_path)
     assert "has no task existance; known: image-observation" in faults("3d-rad", tmp_path, tasks=["existance"])
     assert "no question of static-temporal" in faults("3d-rad", tmp_path, tasks=["existence", "static-temporal"])
     assert "has no split 'dev'" in faults("3d-rad", tmp_path, split="dev")

@@ -6,11 +6,14 @@ from photon.evaluation.letters import choice_in
 from photon.evaluation.measures import Closed, Open, Scored, metric
 from photon.rows import RowError
 
+BENCHMARKS = {}  # {name: benchmark}, as photon/evaluation/benchmarks/__init__.py imports them
+
 
 class Benchmark:
     """A benchmark: where its files are, how they become rows, how an answer is read and scored.
 
-    A subclass sets the attributes without a default and writes `rows`. It overrides the other methods where the
+    A subclass with a `name` is registered in `BENCHMARKS` when its file is imported. It sets the attributes without a
+    default and writes `rows`. It overrides the other methods where the
     benchmark's authors have a rule of their own.
 
     Attributes:
@@ -33,6 +36,13 @@ class Benchmark:
     scans: str
     tasks = ()
     strict = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):  # what several benchmarks share has none
+            if cls.name in BENCHMARKS:
+                raise ValueError(f"There are two benchmarks of the name {cls.name!r}.")
+            BENCHMARKS[cls.name] = cls()
 
     # --- files and rows
 

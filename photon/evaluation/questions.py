@@ -80,7 +80,7 @@ def what_to_download(name):
 
 def _benchmark(name):
     if name not in BENCHMARKS:
-        raise RowError(f"There is no benchmark {name!r}; known are {', '.join(BENCHMARKS)}.")
+        raise RowError(f"There is no benchmark {name!r}; known are {', '.join(sorted(BENCHMARKS))}.")
     return BENCHMARKS[name]
 
 

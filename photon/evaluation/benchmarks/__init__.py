@@ -25,10 +25,13 @@ A benchmark owns its files, its rows, how an answer is read and how it is scored
             word = text.split()[0].strip(".,").lower() if text.split() else ""
             return word if word in choices else None
 
-and add `Effusion()` to the list. `photon.evaluation.benchmark.Benchmark` shows what else a benchmark may decide:
+and import its class below. `photon.evaluation.benchmark.Benchmark` shows what else a benchmark may decide:
 several question files, figures of its authors, a total over all tasks.
 """
 
+from photon.evaluation.benchmark import BENCHMARKS
+
+# an import registers the benchmarks of its file
 from photon.evaluation.benchmarks.ct_rate import CtRateVqa
 from photon.evaluation.benchmarks.deeptumorvqa1 import Tumor1Choice, Tumor1Text
 from photon.evaluation.benchmarks.deeptumorvqa2 import Tumor2Choice, Tumor2Text
@@ -36,16 +39,4 @@ from photon.evaluation.benchmarks.m3d import M3dVqa
 from photon.evaluation.benchmarks.own import OwnQuestions
 from photon.evaluation.benchmarks.rad3d import Rad3D
 
-BENCHMARKS = {
-    benchmark.name: benchmark
-    for benchmark in [
-        Rad3D(),
-        Tumor1Choice(),
-        Tumor1Text(),
-        Tumor2Choice(),
-        Tumor2Text(),
-        M3dVqa(),
-        CtRateVqa(),
-        OwnQuestions(),
-    ]
-}
+__all__ = ["BENCHMARKS"]
