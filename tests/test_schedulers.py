@@ -226,7 +226,7 @@ def test_what_a_method_needs_is_checked():
 
     with pytest.raises(ValueError, match="needs tea; expected some of coordinates"):
         model.set_scheduler(Odd(model.model.language_model.scheduler))
-    with pytest.raises(ValueError, match="There is no scheduler 'fastest'; known are random"):
+    with pytest.raises(ValueError, match=f"There is no scheduler 'fastest'; known are {', '.join(SCHEDULERS)}."):
         use_scheduler(model, "fastest")
     inputs = collate(ROWS)
     patches = inputs.pop("pixel_values_videos")

@@ -4,11 +4,12 @@
     use_scheduler(model, "fastv")                    # `evaluate_hf.py --scheduler fastv` does the same
     model.generate(**inputs, keep_ratio=0.1)
 
-A method is one file with a subclass of `BudgetScheduler`, and one line in `SCHEDULERS`:
+A method is one file with a subclass of `BudgetScheduler`, and one line that imports it below:
 
     class CentreScheduler(BudgetScheduler):
         \"\"\"Keeps the tokens nearest to the middle of the scan.\"\"\"
 
+        name = "centre"
         needs = frozenset({"coordinates"})
 
         def score(self, inputs):
@@ -18,22 +19,17 @@ A method is one file with a subclass of `BudgetScheduler`, and one line in `SCHE
 
 `score` is enough where tokens are kept or deleted. A method that merges tokens overrides `merge` too (see
 `visionzip.py`); one that has no budget of its own, or trains, subclasses `torch.nn.Module` and returns a `Schedule`.
+It is given to the model by `model.set_scheduler(module)`.
 """
 
-from photon.schedulers.budget import BudgetScheduler
+from photon.schedulers.budget import SCHEDULERS, BudgetScheduler
+
+# an import registers the method of its file
 from photon.schedulers.fastv import FastVScheduler
 from photon.schedulers.flipped import FlippedScheduler
 from photon.schedulers.random import RandomScheduler
 from photon.schedulers.stride import StrideScheduler
 from photon.schedulers.visionzip import VisionZipScheduler
-
-SCHEDULERS = {
-    "random": RandomScheduler,
-    "flipped": FlippedScheduler,
-    "stride": StrideScheduler,
-    "fastv": FastVScheduler,
-    "visionzip": VisionZipScheduler,
-}
 
 
 def use_scheduler(model, name, **settings):

@@ -6,6 +6,8 @@ from torch import nn
 
 from photon.scheduling_photon import most_salient
 
+SCHEDULERS = {}  # {name: class}, as photon/schedulers/__init__.py imports them
+
 
 class BudgetScheduler(nn.Module):
     """Keeps the tokens of the highest score, as many as the call asks for.
@@ -13,10 +15,21 @@ class BudgetScheduler(nn.Module):
     Without `token_budget` or `keep_ratio` a row keeps as many tokens as the reference scheduler would keep of it, so
     that two methods are compared at an equal budget, row by row.
 
+    A subclass is registered in `SCHEDULERS` under its `name` when its file is imported; `needs` are the names of the
+    `SchedulerInputs` that it uses beyond those that are always given.
+
     Args: reference: the model's own scheduler; seed: for methods that draw.
     """
 
+    name = None
     needs = frozenset()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):  # what several methods share has none
+            if cls.name in SCHEDULERS:
+                raise ValueError(f"There are two selection methods of the name {cls.name!r}.")
+            SCHEDULERS[cls.name] = cls
 
     def __init__(self, reference, seed=0):
         super().__init__()

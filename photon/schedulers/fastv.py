@@ -12,6 +12,7 @@ class FastVScheduler(BudgetScheduler):
     Here as there the softmax is over the whole prompt, and the earlier layers keep every key and value.
     """
 
+    name = "fastv"
     needs = frozenset({"sequence"})
 
     def score(self, inputs):

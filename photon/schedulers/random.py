@@ -11,6 +11,7 @@ class RandomScheduler(BudgetScheduler):
     The draw of a row does not depend on the other rows of its batch, nor on the answer written so far.
     """
 
+    name = "random"
     needs = frozenset({"row_number"})
 
     def score(self, inputs):

@@ -11,6 +11,8 @@ class StrideScheduler(BudgetScheduler):
     Tokens stand in the order depth, row, column, so even steps along the prompt are an even, slanted grid in the scan.
     """
 
+    name = "stride"
+
     def select(self, inputs, count):
         place = torch.arange(inputs.visual.shape[1], device=inputs.visual.device)
         total = inputs.visual.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)

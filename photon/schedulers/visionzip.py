@@ -19,6 +19,7 @@ class VisionZipScheduler(BudgetScheduler):
     The original runs on the vision tower's output: set `scheduler_layer` to -1.
     """
 
+    name = "visionzip"
     needs = frozenset({"vision", "hidden_states"})
     contextual_share, contextual_of_kept = 0.05, 10 / 64
 
