@@ -1,4 +1,4 @@
-"""What benchmarks share: arguments, clocks, the table and the JSON."""
+"""Arguments, clocks, the table and the JSON of all benchmarks."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def synchronise(device):
 
 
 def interleaved(functions, device, repeats):
-    """Median seconds of each function. They take turns, so that a slow moment of the machine strikes all alike."""
+    """{name: median seconds} of each function. They take turns, so that a slow moment of the machine slows all."""
     times = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():

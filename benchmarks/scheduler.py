@@ -1,11 +1,11 @@
-"""Prefill with the cut against prefill without, in one process, beside the bound that the operation count gives.
+"""Seconds of prefill with and without the cut, in one process, beside the ratio that the operation count gives.
 
     python benchmarks/scheduler.py --preset cpu --json results/scheduler_cpu.json
     python benchmarks/scheduler.py --preset 3b                                       # on a GPU, bfloat16
 
-One prompt of 1,000 visual and 80 text tokens through the decoder alone (the vision tower is the same in both), 39 % of
-the visual tokens kept, random weights. `scheduler_share` is the time of scoring, deciding and gathering over the
-time of the dense prefill.
+One prompt of 1,000 visual and 80 text tokens goes through the decoder (the vision tower is the same in both); 39 % of
+the visual tokens are kept; weights are random. `scheduler_share` is the time of scoring, deciding and gathering over
+the time of the dense prefill.
 """
 
 import json
@@ -38,7 +38,7 @@ def build(preset, device, dtype):
 
 
 def operations(config, lengths):
-    """Multiply-adds times two of one prefill, `lengths` the sequence length at each layer; causal attention."""
+    """Operations of one prefill (multiply-adds times two) with causal attention; lengths: one a layer."""
     text = config.text_config
     head = text.hidden_size // text.num_attention_heads
     attention = text.hidden_size * (2 * text.hidden_size + 2 * text.num_key_value_heads * head)
@@ -75,7 +75,7 @@ def main():
     layer = decoder.layers[decoder.scoring_layer]
 
     @torch.no_grad()
-    def scheduler_alone():  # what the pruned prefill does beside running layers
+    def scheduler_alone():  # what the pruned prefill does besides running layers
         rotary = decoder.rotary_emb(embeds, positions)
         scores = layer.scores(embeds, rotary, *decoder.score_places(request))
         schedule = decoder.scheduler(decoder.scheduler_inputs(request, scores, embeds, layer))

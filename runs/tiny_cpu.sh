@@ -5,8 +5,9 @@
 #   TWIN=1 SEED=1 bash runs/tiny_cpu.sh   another seed of the decoder, and its twin that keeps all tokens
 #
 # Times of two cores: tower 1,100 steps, 23 minutes; lesions 300, 7; all tasks 500, 15; scheduler 500, 10, with other
-# work beside it; the data take 5 minutes. 3 GB of memory, 7 GB of disk. Run again, it goes on where it was stopped. The result is FOLDER/tune$SEED/final; the
-# weights of this repository are tune0's. scripts/tiny_report.sh makes the README's table and pictures.
+# work beside it; the data take 5 minutes. 3 GB of memory, 7 GB of disk. Run again, it goes on where it was stopped. The
+# result is FOLDER/tune$SEED/final; the weights of this repository are tune0's. scripts/tiny_report.sh makes the table and
+# pictures of docs/tiny_model.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 FOLDER=${1:-tiny}

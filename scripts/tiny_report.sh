@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table and pictures of the tiny model, from three seeds of runs/tiny_cpu.sh:
+# The table and pictures of docs/tiny_model.md, from three seeds of runs/tiny_cpu.sh:
 #
 #   for SEED in 0 1 2; do SEED=$SEED TWIN=1 bash runs/tiny_cpu.sh tiny; done
 #   bash scripts/tiny_report.sh tiny
