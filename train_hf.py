@@ -7,7 +7,8 @@
 Stages: `align` trains only the 3D patch embedding; `dense` trains without deletion of tokens; `tune` trains with the
 scheduler, in three phases by optimizer step: dense, soft (tokens weighted), hard (tokens deleted). `--lora` trains
 adapters of the decoder, and the scheduler and the patch embedding in full. All arguments of
-`transformers.TrainingArguments` work too. The result is OUTPUT_DIR/final, a complete folder for `from_pretrained`.
+`transformers.TrainingArguments` work too. The result is OUTPUT_DIR/final, a complete folder for `from_pretrained`;
+with `--lora` the adapters are merged into it, and lie alone in OUTPUT_DIR/adapter.
 """
 
 import sys
@@ -22,7 +23,7 @@ from photon.training.data import check_files, check_rows, load_rows
 from photon.training.losses import loss_weights, used_losses
 from photon.training.parts import load_model, trained_counts
 from photon.training.run import check_checkpoint, claim_folder, run_settings
-from photon.training.saving import push, save_final
+from photon.training.saving import push, save_result
 from photon.training.trainer import PhotonTrainer
 
 
@@ -97,10 +98,9 @@ def main(argv=None):
         trainer.save_metrics("eval", trainer.evaluate())
 
     # --- Save
-    final = Path(args.output_dir) / "final"
-    save_final(trainer, model_args, final)
+    result = save_result(trainer, model_args, Path(args.output_dir))
     if push_to_hub and trainer.is_world_process_zero():
-        push(final, args)
+        push(result, args)
     return trainer
 
 

@@ -6,6 +6,7 @@ the checkpoint in FOLDER carries: in this repository's tools the root's code run
 gets a warning; it runs its own code in any process that does not import `photon`.
 """
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.utils import find_adapter_config_file
 
 from photon.configuration_photon import PhotonConfig
 from photon.modeling_photon import PhotonForConditionalGeneration, PhotonModel
@@ -25,6 +27,7 @@ from photon.processing_photon import PhotonProcessor, PhotonVolumeProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+ADAPTED_CONFIG = "photon_config.json"  # beside adapters: a file config.json would make them look like a whole model
 CHAT_TOKENS = {
     "im_start_token_id": "<|im_start|>",
     "im_end_token_id": "<|im_end|>",
@@ -75,16 +78,78 @@ def _same_file(file, root_file):
     return root_file.is_file() and file.read_bytes() == root_file.read_bytes()
 
 
+def adapter_base(source, revision=None):
+    """Folder or Hub id of the base model, where `source` holds only LoRA adapters; `None` where it holds a model.
+
+    Raises: `ValueError` where the base is a folder that does not exist.
+    """
+    if Path(source, "config.json").is_file():
+        return None
+    file = find_adapter_config_file(str(source), revision=revision)
+    if file is None:
+        return None
+    base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not Path(base).is_dir() and (Path(base).is_absolute() or not HUB_ID.fullmatch(base) or base == "."):
+        raise ValueError(
+            f"The adapters in {source} belong to the model {base}, and there is no such folder. Write the folder or "
+            "Hub id of their base model into adapter_config.json, under base_model_name_or_path."
+        )
+    return base
+
+
+def load_config(source, revision=None):
+    """Configuration of a model, or of the model that adapters in `source` were trained in."""
+    base, kept = adapter_base(source, revision), Path(source, ADAPTED_CONFIG)
+    if base is not None and kept.is_file():
+        return AutoConfig.from_pretrained(kept, trust_remote_code=True)
+    revision = revision if base is None else None
+    return AutoConfig.from_pretrained(base or source, revision=revision, trust_remote_code=True)
+
+
+def load_model(source, revision=None, trust_remote_code=True, output_loading_info=False, **options):
+    """As `AutoModelForImageTextToText.from_pretrained`, except that adapters are merged into their base.
+
+    Args: source: folder or Hub id of a model, or of adapters; revision: of `source`.
+    """
+    base = adapter_base(source, revision)
+    if base is not None and Path(source, ADAPTED_CONFIG).is_file():
+        options.setdefault("config", load_config(source))
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        source if base is None else base,
+        revision=revision if base is None else None,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    if base is not None:
+        model = peft().PeftModel.from_pretrained(model, source, revision=revision).merge_and_unload()
+    return (model, info) if output_loading_info else model
+
+
+def peft():
+    """The library of adapters. Raises `ImportError` with what to install."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("LoRA needs peft, which is missing: pip install peft") from error
+    return peft
+
+
 def load_processor(source, **volume_options):
     """The processor of a local folder or Hub id. volume_options: fields of the volume processor to override.
 
     Raises: `ValueError` where there is no such folder, or the model is not Photon.
     """
     local = Path(source).is_dir()
-    if local and not Path(source, "config.json").is_file():
-        raise ValueError("The folder of --model has no config.json; a complete one is what convert_photon.py writes.")
     if not local and not HUB_ID.fullmatch(str(source)):
         raise ValueError(f"There is no folder {source}, and it is no Hub id (owner/name). Check --model.")
+    if local and not Path(source, "config.json").is_file():
+        base = adapter_base(source)
+        if base is None:
+            raise ValueError(
+                "The folder of --model has no config.json; a complete one is what convert_photon.py writes."
+            )
+        source = source if Path(source, "processor_config.json").is_file() else base
     warn_of_other_code(source)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **volume_options)
     if not isinstance(processor, PhotonProcessor):
@@ -98,7 +163,7 @@ def load(source, device="auto", dtype="auto", **volume_options):
     processor = load_processor(source, **volume_options)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # bfloat16 is slower there
-    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=dtype)
+    model = load_model(source, dtype=dtype)
     return processor, model.to(device).eval()
 
 

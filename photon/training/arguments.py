@@ -35,7 +35,7 @@ class ModelArguments:
     lora_dropout: float = option(0.0, "dropout before the adapters")
     lora_target: str = option(LORA_TARGET, "regular expression of module names")
     load_in_4bit: bool = option(False, "with --lora: decoder in 4 bits (bitsandbytes)")
-    merge_lora: bool = option(False, "final folder with the adapters merged in")
+    merge_lora: bool | None = option(None, "with --lora: false writes no final folder, only the adapters")
     save_dtype: str = option("auto", "type of the final weights; auto: that of --model")
 
 
@@ -135,7 +135,7 @@ def contradictions(model_args, data_args, loss_args, args):
         f"--optim {args.optim.value} has no part beside --muon-learning-rate, which brings AdamW. Choose one.": (
             args.muon_learning_rate is not None and args.optim != TrainingArguments.optim
         ),
-        "--merge-lora needs --lora.": model_args.merge_lora and not model_args.lora,
+        "--merge-lora needs --lora.": model_args.merge_lora is not None and not model_args.lora,
         "--load-in-4bit needs --lora: weights of 4 bits cannot be trained.": (
             model_args.load_in_4bit and not model_args.lora
         ),
@@ -153,7 +153,7 @@ def contradictions(model_args, data_args, loss_args, args):
             args.fp16 and model_args.stage == "tune"
         ),
         "--eval-strategy needs --eval-data.": args.eval_strategy != "no" and data_args.eval_data is None,
-        "An adapter of a local model is of no use on the Hub: give the model's Hub id, or --merge-lora.": (
-            args.push_to_hub and model_args.lora and not model_args.merge_lora and Path(model_args.model).exists()
+        "Adapters of a local model are of no use on the Hub: give the model's Hub id, or merge them.": (
+            args.push_to_hub and model_args.merge_lora is False and Path(model_args.model).exists()
         ),
     }

@@ -2,10 +2,13 @@
 
 import json
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from pathlib import Path
 
+import torch
+
+from photon import loading
 from photon.conversion import PATCH_EMBED
+from photon.loading import adapter_base, load_config, load_processor, peft
 
 SCHEDULER = "model.language_model.scheduler"
 GROUPS = ("decoder", "vision", "aligner", "scheduler")
@@ -24,20 +27,21 @@ def group_of(name):
 
 def load_model(model_args, args):
     """Model with the parameters that the stage trains, and its processor. Raises `ValueError`, `ImportError`."""
-    names = {"revision": model_args.revision, "trust_remote_code": True}
-    config = AutoConfig.from_pretrained(model_args.model, **names)
+    if model_args.lora and adapter_base(model_args.model, model_args.revision) is not None:
+        raise ValueError("--model holds adapters, and --lora would add others. Give the merged model, the folder final.")
+    processor = load_processor(model_args.model, revision=model_args.revision)
+    config = load_config(model_args.model, model_args.revision)
     if config.model_type != "photon":
         raise ValueError(f"--model is a {config.model_type} model; expected photon. convert_photon.py makes one.")
     config = with_fields(config, model_args.photon or ())
     half = args.bf16 or args.fp16
     default = "bfloat16" if half and (model_args.lora or model_args.stage == "align") else "float32"
-    options = {"dtype": getattr(torch, model_args.dtype or default), **names}
+    options = {"dtype": getattr(torch, model_args.dtype or default), "revision": model_args.revision}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
     if model_args.load_in_4bit:
         options["quantization_config"] = four_bit()
-    model = AutoModelForImageTextToText.from_pretrained(model_args.model, config=config, **options)
-    processor = AutoProcessor.from_pretrained(model_args.model, **names)
+    model = loading.load_model(model_args.model, config=config, **options)
     if model_args.stage != "align":  # answers then come from the tokens that the model was trained on
         model.config.use_scheduler = model_args.stage == "tune"
     model = select_parameters(model, model_args)
@@ -81,13 +85,9 @@ def select_parameters(model, model_args):
     bfloat16."""
     scheduled, patch_module = model_args.stage == "tune", PATCH_EMBED.removesuffix(".proj.weight")
     if model_args.lora:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise ImportError("--lora needs peft: pip install peft") from error
-        model = get_peft_model(
+        model = peft().get_peft_model(
             model,
-            LoraConfig(
+            peft().LoraConfig(
                 r=model_args.lora_rank,
                 lora_alpha=model_args.lora_alpha,
                 lora_dropout=model_args.lora_dropout,
@@ -95,6 +95,10 @@ def select_parameters(model, model_args):
                 modules_to_save=[patch_module, SCHEDULER] if scheduled else [patch_module],
             ),
         )
+        adapters, local = model.peft_config["default"], Path(model_args.model).is_dir()
+        # so that the adapters find their base from any folder
+        adapters.base_model_name_or_path = str(Path(model_args.model).resolve()) if local else model_args.model
+        adapters.revision = model_args.revision
     else:
         for name, parameter in model.named_parameters():
             trained = name == PATCH_EMBED if model_args.stage == "align" else scheduled or SCHEDULER not in name

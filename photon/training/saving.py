@@ -1,41 +1,74 @@
-"""OUTPUT_DIR/final: a complete folder for `from_pretrained`, and its way to the Hub."""
+"""The result of a run: OUTPUT_DIR/final, a complete folder for `from_pretrained`; its way to the Hub.
+
+With `--lora` the adapters are merged into final, and lie alone in OUTPUT_DIR/adapter.
+"""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModelForImageTextToText
+
+from photon.loading import ADAPTED_CONFIG, load_config, load_model
+
+CARD = """---
+base_model: {base}
+library_name: peft
+---
+LoRA adapters of a Photon model. Their base is `{base}`; if it lies elsewhere, write its folder or Hub id into
+`adapter_config.json`, under `base_model_name_or_path`. The commands of the Photon repository take this folder as
+`--model`. In other code:
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+config = AutoConfig.from_pretrained("FOLDER/{config}", trust_remote_code=True)
+base = AutoModelForImageTextToText.from_pretrained("{base}", config=config, trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "FOLDER").merge_and_unload()
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+```
+"""
 
 
-def save_final(trainer, model_args, folder):
-    """OUTPUT_DIR/final: weights (or adapters), configuration, code, processor."""
-    source_dtype = AutoConfig.from_pretrained(
-        model_args.model, revision=model_args.revision, trust_remote_code=True
-    ).dtype
+def save_result(trainer, model_args, output):
+    """Writes the results of a run. Returns the folder that is one's result: `output`/final, or `output`/adapter.
+
+    What a folder of that name held before is gone. A final folder is complete, or does not exist.
+    """
+    final, adapter, partial = output / "final", output / "adapter", output / "final.partial"
+    source_dtype = load_config(model_args.model, model_args.revision).dtype
     dtype = getattr(torch, model_args.save_dtype) if model_args.save_dtype != "auto" else source_dtype
     trainer.drop_loss_modules()
-    adapter = folder.parent / "adapter" if model_args.merge_lora else folder
-    trainer.save_model(str(adapter), _internal_call=True)  # every rank takes part where weights are sharded
+    if trainer.is_world_process_zero():
+        for folder in (final, adapter, partial):
+            shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    if not trainer.is_world_process_zero():
-        return
-    (adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle, with this machine's paths
-    if model_args.merge_lora:
-        merge_lora(model_args, adapter, folder, trainer.accelerator.unwrap_model(trainer.model).config)
-        trainer.processing_class.save_pretrained(folder)
-    if not model_args.lora or model_args.merge_lora:
-        cast_weights(folder, dtype)
+    saved = adapter if model_args.lora else partial
+    trainer.save_model(str(saved), _internal_call=True)  # every rank takes part where weights are sharded
+    trainer.accelerator.wait_for_everyone()
+    merge = model_args.lora and model_args.merge_lora is not False
+    if trainer.is_world_process_zero():
+        (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, with this machine's paths
+        if model_args.lora:
+            complete_adapter(adapter, trainer.accelerator.unwrap_model(trainer.model))
+        if merge:  # from disk, where no rank holds only a shard
+            load_model(adapter, dtype=dtype).save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+        if merge or not model_args.lora:
+            cast_weights(partial, dtype)
+            partial.rename(final)
+    return final if merge or not model_args.lora else adapter
 
 
-def merge_lora(model_args, adapter, folder, config):
-    """Saves the base model with the adapters merged in. Both come from disk, where no rank holds only a shard."""
-    from peft import PeftModel
-
-    names = {"revision": model_args.revision, "trust_remote_code": True}
-    config = type(config).from_dict(config.to_dict())
-    base = AutoModelForImageTextToText.from_pretrained(model_args.model, config=config, dtype=torch.float32, **names)
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+def complete_adapter(folder, model):
+    """Adds to a folder of adapters the model's configuration, and a card that says how to load them."""
+    config = model.config.to_dict()
+    config.pop("use_cache", None)
+    (folder / ADAPTED_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    base = model.peft_config["default"].base_model_name_or_path
+    (folder / "README.md").write_text(CARD.format(base=base, config=ADAPTED_CONFIG), encoding="utf-8")
 
 
 def cast_weights(folder, dtype):
@@ -56,7 +89,7 @@ def cast_weights(folder, dtype):
 
 
 def push(folder, args):
-    """Upload the final folder to the Hub."""
+    """Uploads the result to the Hub."""
     api = HfApi(token=args.hub_token)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
