@@ -21,7 +21,7 @@ from photon.training.arguments import parse
 from photon.training.batches import Collator
 from photon.training.data import check_files, check_rows, load_rows
 from photon.training.losses import loss_weights, used_losses
-from photon.training.parts import load_model, trained_counts
+from photon.training.parts import trained_counts, trained_model
 from photon.training.run import check_checkpoint, claim_folder, run_settings
 from photon.training.saving import push, save_result
 from photon.training.trainer import PhotonTrainer
@@ -61,7 +61,7 @@ def main(argv=None):
     set_seed(args.seed)
 
     # --- Model
-    model, processor = load_model(model_args, args)
+    model, processor = trained_model(model_args, args)
     losses = [loss(loss_args, model, processor, data_args.cache_dir) for loss in used_losses(loss_args)]
     without_decoder = loss_args.token_labels_alone
 

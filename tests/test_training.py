@@ -19,11 +19,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 from safetensors.torch import load_file, save_file
-from test_training_data import GRID, SPACING, ask, say, write_rows
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from test_training_data import GRID, SPACING, say, write_rows
+from test_training_data import ask as question_about
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
+import ask
+import evaluate_hf
 import train_hf
 from conftest import ROOT, run_fresh
+from photon import loading
 from photon.configuration_photon import PhotonConfig
 from photon.decoder_photon import PhotonTextModel
 from photon.loading import build_processor
@@ -100,7 +104,7 @@ def write_data(folder):
             "labels": [f"{i}_organs.nii.gz" for i in scans],
             "lesions": [f"{i}_lesions.nii.gz" for i in scans],
             "evidence": [1 + len(answer) % 2] if scans else [],
-            "messages": ask(question, len(scans)) + say(answer),
+            "messages": question_about(question, len(scans)) + say(answer),
         })  # fmt: skip
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "two.jsonl", [rows[3], rows[2]])
@@ -154,14 +158,14 @@ def assert_equal_logs(found, wanted, rel=1e-4):
 ])  # fmt: skip
 def test_a_step_changes_what_the_stage_names_and_nothing_else(arguments, model, monkeypatch, stage, more):
     before = {}
-    load_model = train_hf.load_model
+    trained_model = train_hf.trained_model
 
     def remember(*args):
-        loaded = load_model(*args)
+        loaded = trained_model(*args)
         before.update({name: p.detach().clone() for name, p in loaded[0].named_parameters()})
         return loaded
 
-    monkeypatch.setattr(train_hf, "load_model", remember)
+    monkeypatch.setattr(train_hf, "trained_model", remember)
     # two steps: the first leaves LoRA's A as it is, since B is zero
     trainer = train_hf.main(arguments("run", *more, stage=stage))
     after = dict(trainer.model.named_parameters())
@@ -527,17 +531,87 @@ def test_the_final_folder_gives_the_same_in_a_fresh_process(arguments, tmp_path,
     torch.testing.assert_close(found, logits_of(trainer.model, inputs), atol=1e-5, rtol=1e-5)
 
 
-def test_merged_adapters_equal_unmerged_ones(arguments, tmp_path, model, inputs):
-    trainer = train_hf.main(arguments("run", "--lora", "--merge-lora", *HARD, steps=3))
+def test_merged_adapters_equal_unmerged_ones(arguments, tmp_path, model, inputs, monkeypatch):
+    """`--model` is a path from the current folder; final and adapter are loaded from another one."""
+    monkeypatch.chdir(model.parent)
+    command = [model.name if part == str(model) else part for part in arguments("run", "--lora", *HARD, steps=3)]
+    trainer = train_hf.main(command)
     wanted = logits_of(trainer.model, inputs)
-    merged = tmp_path / "run" / "final"
+    monkeypatch.chdir(tmp_path)
+    merged, adapter = tmp_path / "run" / "final", tmp_path / "run" / "adapter"
     assert set(load_file(merged / "model.safetensors")) == set(load_file(model / "model.safetensors"))
-    for folder in (merged, tmp_path / "run" / "adapter"):
+    assert not list(merged.glob("adapter*"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(model) and str(model) in (adapter / "README.md").read_text()
+    save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "batch.safetensors")
+    for folder in (merged, adapter):
         loaded = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         torch.testing.assert_close(logits_of(loaded, inputs), wanted, atol=1e-4, rtol=1e-4)
+        ours = loading.load_model(folder, dtype=torch.float32)
+        assert not any("lora" in name for name, _ in ours.named_parameters())
+        torch.testing.assert_close(logits_of(ours, inputs), wanted, atol=1e-4, rtol=1e-4)
+        run_fresh(FRESH, folder, tmp_path / "batch.safetensors", tmp_path / "logits.safetensors", cwd=tmp_path)
+        found = load_file(tmp_path / "logits.safetensors")["logits"]
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     base = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, dtype=torch.float32)
     other = logits_of(base, inputs)
     assert other.shape != wanted.shape or (other - wanted).abs().max() > 0.1
+
+
+CARD_CODE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+card, folder, batch, out = sys.argv[1:]
+exec(open(card).read().split("```python")[1].split("```")[0].replace("FOLDER", folder))
+with torch.no_grad():
+    save_file({"logits": model.eval()(**load_file(batch)).logits.contiguous()}, out)
+"""
+
+
+def test_every_command_takes_adapters(arguments, data, tmp_path, model, inputs, capsys, monkeypatch):
+    """A model trained dense: the base, which has the scheduler on, does not know; and the card's code works."""
+    trainer = train_hf.main(arguments("run", "--lora", "--merge-lora", "false", stage="dense"))
+    wanted, adapter = logits_of(trainer.model, inputs), tmp_path / "run" / "adapter"
+    assert not (tmp_path / "run" / "final").exists()
+    save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "batch.safetensors")
+    run_fresh(CARD_CODE, adapter / "README.md", adapter, tmp_path / "batch.safetensors", tmp_path / "l.safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "l.safetensors")["logits"], wanted, atol=1e-4, rtol=1e-4)
+    processor, loaded = loading.load(adapter)
+    assert loaded.config.use_scheduler is False
+    torch.testing.assert_close(logits_of(loaded, inputs), wanted, atol=1e-4, rtol=1e-4)
+    pipe = pipeline("volume-question-answering", model=str(adapter), trust_remote_code=True)
+    question = "On which side is it?"
+    answer = pipe(str(data / "1.nii.gz"), question, max_new_tokens=4, do_sample=False, use_scheduler=False)["answer"]
+    capsys.readouterr()
+    ask.main([str(data / "1.nii.gz"), question, "--model", str(adapter), "--max-new-tokens", "4", "--json"])
+    assert json.loads(capsys.readouterr().out)["answer"] == answer
+    evaluation = ["--benchmark", "jsonl", "--data", str(data / "scans.jsonl"), "--model", str(adapter), "--limit", "1"]
+    evaluate_hf.main([*evaluation, "--device", "cpu", "--output", str(tmp_path / "evaluated")])
+    first = json.loads((tmp_path / "evaluated" / "run.json").read_text())["model"]
+    assert " on " in first
+    again = train_hf.main([str(adapter) if part == str(model) else part for part in arguments("more", stage="align")])
+    for name, weight in load_file(tmp_path / "more" / "final" / "model.safetensors").items():
+        assert (name == PATCH) != torch.equal(weight, loaded.state_dict()[name].float()), name
+    assert again.model.config.use_scheduler is False
+    with pytest.raises(ValueError, match="Give the merged model"):
+        train_hf.main([str(adapter) if part == str(model) else part for part in arguments("no", "--lora")])
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "moved")
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="there is no such folder. Write the folder or Hub id of their base"):
+        loading.load(adapter)
+
+
+def test_a_final_folder_holds_one_thing(arguments, tmp_path, inputs):
+    """Adapters, then the same run resumed and merged: they were applied twice, once merged and once from files."""
+    more = ["--lora", "--save-strategy", "steps", "--save-steps", "1", *HARD]
+    trainer = train_hf.main(arguments("run", *more, "--merge-lora", "false"))
+    wanted, final = logits_of(trainer.model, inputs), tmp_path / "run" / "final"
+    shutil.copytree(tmp_path / "run" / "adapter", final)  # as an earlier version left it
+    train_hf.main(arguments("run", *more, "--resume", "--merge-lora", "true"))
+    assert not list(final.glob("adapter*")) and not (tmp_path / "run" / "final.partial").exists()
+    loaded = AutoModelForImageTextToText.from_pretrained(final, trust_remote_code=True, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(loaded, inputs), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_trained_dense_answers_from_all_tokens_unless_told(arguments, tmp_path, inputs):
@@ -681,7 +755,7 @@ def test_evidence_beyond_the_label_maps_is_refused(arguments, classes, seen):
     (["--token-labels-alone", "--stage", "dense"], "needs --token-labels"),
     (["--token-labels", "--token-labels-alone"], "needs --token-labels, --stage dense and one process"),
     (["--eval-strategy", "steps", "--eval-steps", "1"], "needs --eval-data"),
-    (["--lora", "--push-to-hub"], "no use on the Hub"),
+    (["--lora", "--merge-lora", "false", "--push-to-hub"], "no use on the Hub"),
     (["--fp16"], "Use --bf16"),
 ])  # fmt: skip
 def test_arguments_that_do_not_go_together(arguments, capsys, more, message):

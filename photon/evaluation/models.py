@@ -4,11 +4,12 @@ import json
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoProcessor, PreTrainedConfig
 
 from photon.configuration_photon import PhotonConfig
 from photon.evaluation.slices import axial_slices
-from photon.loading import load_processor
+from photon.loading import adapter_base, load_processor
+from photon.loading import load_model as load_weights
 from photon.prompt_photon import join_outputs
 from photon.run_folder import RunError
 from photon.scan_faults_photon import VolumeError
@@ -202,7 +203,9 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         slices, window: how other models get a scan.
     Raises: `RunError` where the checkpoint is no model or lacks weights, or another model is given a scheduler.
     """
-    kind = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+    base = adapter_base(source, revision)
+    config, _ = PreTrainedConfig.get_config_dict(base or source, revision=None if base else revision)
+    kind = config.get("model_type")
     if kind is None:
         raise RunError("--model has no config.json with a model_type; give a folder or Hub id of a model.")
     photon = kind == PhotonConfig.model_type
@@ -213,11 +216,9 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         fields = {"modality": modality} if modality != "auto" else {}
         processor = load_processor(source, revision=revision, **fields)
     else:
-        processor = AutoProcessor.from_pretrained(source, **options)
+        processor = AutoProcessor.from_pretrained(base or source, **options | {"revision": None if base else revision})
     dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype  # bfloat16 is slower there
-    model, loaded = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, **options
-    )
+    model, loaded = load_weights(source, dtype=dtype, output_loading_info=True, **options)
     absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
     if absent:  # left at random, and its answers would be scored as if they were the model's
         raise RunError(f"--model lacks {len(absent)} of its weights, or has them in another shape, {absent[0]} first.")

@@ -19,7 +19,7 @@ from photon.evaluation.dealing import batches, dealt, grouped, scan_keys
 from photon.evaluation.encoded_scans import EncodedScans
 from photon.evaluation.models import Refused, load_model
 from photon.evaluation.predictions import PART, PREDICTIONS, collect, line_of, merge, prediction_files
-from photon.loading import usable_device
+from photon.loading import adapter_base, usable_device
 from photon.run_folder import open_run
 
 WEIGHTS = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")  # the files that decide what a model answers
@@ -126,12 +126,22 @@ def _relative(path, root):
 
 
 def fingerprint(model, revision):
-    """Hub id and commit, or a digest of a folder's weights and settings: a checkpoint trained on is another model."""
-    if not Path(model).is_dir():
+    """Hub id and commit, or a digest of a folder's weights and settings: a checkpoint trained on is another model.
+    For adapters, that of their base follows."""
+    base = adapter_base(model, revision)
+    if Path(model).is_dir():
+        name = _digest(Path(model))
+    elif base is not None:
+        name = f"{model}@{revision}"
+    else:
         config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-        return f"{model}@{config.get('_commit_hash')}"
+        name = f"{model}@{config.get('_commit_hash')}"
+    return name if base is None else f"{name} on {fingerprint(base, None)}"
+
+
+def _digest(folder):
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(model).iterdir()):
+    for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in WEIGHTS:
             digest.update(file.name.encode())
             with open(file, "rb") as stream:

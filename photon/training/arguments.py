@@ -35,7 +35,14 @@ class ModelArguments:
     lora_dropout: float = option(0.0, "dropout before the adapters")
     lora_target: str = option(LORA_TARGET, "regular expression of module names")
     load_in_4bit: bool = option(False, "with --lora: decoder in 4 bits (bitsandbytes)")
-    merge_lora: bool | None = option(None, "with --lora: false writes no final folder, only the adapters")
+    merge_lora: bool | None = field(
+        default=None,
+        metadata={
+            "help": "with --lora: false writes no final folder, only the adapters; default true",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     save_dtype: str = option("auto", "type of the final weights; auto: that of --model")
 
 

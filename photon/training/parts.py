@@ -1,14 +1,12 @@
 """The model with the parameters that a stage trains."""
 
 import json
-
 from pathlib import Path
 
 import torch
 
-from photon import loading
 from photon.conversion import PATCH_EMBED
-from photon.loading import adapter_base, load_config, load_processor, peft
+from photon.loading import adapter_base, load_config, load_model, load_processor, peft
 
 SCHEDULER = "model.language_model.scheduler"
 GROUPS = ("decoder", "vision", "aligner", "scheduler")
@@ -25,10 +23,10 @@ def group_of(name):
     return "decoder"
 
 
-def load_model(model_args, args):
+def trained_model(model_args, args):
     """Model with the parameters that the stage trains, and its processor. Raises `ValueError`, `ImportError`."""
     if model_args.lora and adapter_base(model_args.model, model_args.revision) is not None:
-        raise ValueError("--model holds adapters, and --lora would add others. Give the merged model, the folder final.")
+        raise ValueError("--model holds adapters, and --lora would add more. Give the merged model, folder final.")
     processor = load_processor(model_args.model, revision=model_args.revision)
     config = load_config(model_args.model, model_args.revision)
     if config.model_type != "photon":
@@ -41,7 +39,7 @@ def load_model(model_args, args):
         options["attn_implementation"] = model_args.attn_implementation
     if model_args.load_in_4bit:
         options["quantization_config"] = four_bit()
-    model = loading.load_model(model_args.model, config=config, **options)
+    model = load_model(model_args.model, config=config, **options)
     if model_args.stage != "align":  # answers then come from the tokens that the model was trained on
         model.config.use_scheduler = model_args.stage == "tune"
     model = select_parameters(model, model_args)

@@ -24,7 +24,7 @@ LoRA adapters of a Photon model. Their base is `{base}`; if it lies elsewhere, w
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-config = AutoConfig.from_pretrained("FOLDER/{config}", trust_remote_code=True)
+config = AutoConfig.from_pretrained("{base}", trust_remote_code=True).from_json_file("FOLDER/{config}")
 base = AutoModelForImageTextToText.from_pretrained("{base}", config=config, trust_remote_code=True)
 model = PeftModel.from_pretrained(base, "FOLDER").merge_and_unload()
 processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
@@ -65,7 +65,8 @@ def save_result(trainer, model_args, output):
 def complete_adapter(folder, model):
     """Adds to a folder of adapters the model's configuration, and a card that says how to load them."""
     config = model.config.to_dict()
-    config.pop("use_cache", None)
+    for name in ("use_cache", "quantization_config"):  # of training alone
+        config.pop(name, None)
     (folder / ADAPTED_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     base = model.peft_config["default"].base_model_name_or_path
     (folder / "README.md").write_text(CARD.format(base=base, config=ADAPTED_CONFIG), encoding="utf-8")
