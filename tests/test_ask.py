@@ -19,7 +19,7 @@ QUESTION = "Is there a lesion in the liver?"
 
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory):
-    """An oblique scan of unequal sizes, stored in another order, under a name that must not come out again."""
+    """An oblique scan of unequal sizes, stored in another order; its name must not appear in any output."""
     rng = np.random.default_rng(0)
     array = rng.normal(0, 60, (21, 27, 33)).astype(np.int16)
     array[:, :3] = array[:, -3:] = array[:, :, :4] = -1000
@@ -44,7 +44,7 @@ def run(capsys, *arguments):
 
 def test_json_and_maps(capsys, scan, tmp_path):
     out = run(capsys, scan, QUESTION, "--json", "--token-budget", 17, "--max-new-tokens", 3, "--keep-map",
-              tmp_path / "kept.nii.gz", "--overlay", tmp_path / "seen.png")  # fmt: skip
+              tmp_path / "kept.nii.gz", "--overlay", tmp_path / "overlay.png")  # fmt: skip
     result = json.loads(out)
     assert set(result) == {"answer", "tokens_kept", "tokens_seen", "threshold", "answer_tokens", "seconds"}
     assert result["threshold"] is None  # a budget leaves it out
@@ -57,11 +57,11 @@ def test_json_and_maps(capsys, scan, tmp_path):
     np.testing.assert_allclose(kept.GetDirection(), image.GetDirection(), atol=1e-5)
     share = sitk.GetArrayFromImage(kept).mean()
     assert 0 < share < 1
-    assert (tmp_path / "seen.png").stat().st_size > 10_000
+    assert (tmp_path / "overlay.png").stat().st_size > 10_000
 
 
 def test_the_answer_is_that_of_generate(scan):
-    """Timed in parts, with the vision tower called apart; the answer must not know."""
+    """`ask` calls the vision tower apart to time it; answer, mask and threshold stay those of `generate`."""
     processor, model = load(ROOT)
     result, inputs, keep = asking.ask(processor, model, [str(scan)], QUESTION, max_new_tokens=5)
     whole = model.generate(**inputs, max_new_tokens=5, return_dict_in_generate=True)
@@ -82,7 +82,7 @@ def test_the_answer_is_that_of_generate(scan):
 
 
 def test_the_keep_map_is_the_mask_in_the_patient(scan, tmp_path):
-    """Each voxel of the scan, carried to the model's grid by hand, finds its token's bit."""
+    """The map has at each voxel the bit of its token, as the affines give it without `resample`."""
     processor, model = load(ROOT)
     _, inputs, keep = asking.ask(processor, model, [str(scan)], QUESTION, keep_ratio=0.4, max_new_tokens=1)
     image, grid = sitk.ReadImage(str(scan)), inputs.scans[0][0]["grid"]
@@ -273,7 +273,7 @@ def test_planes_go_where_there_is_something_to_see():
 
 
 def test_a_caption_is_drawn_as_it_is(tmp_path):
-    """Dollar signs are no formula, long answers do not cover the picture, and thin slabs keep their marks."""
+    """Dollar signs start no formula; long answers and thin slabs are drawn without an error."""
     plane = overlay.upright_view("axial", np.arange(6.0).reshape(2, 3), (2.0, 40.0))
     for caption in ("costs $5 and $x_{", "word " * 2000, ""):
         overlay.draw([plane], tmp_path / "a.png", caption, (0, 5))

@@ -212,7 +212,7 @@ def test_arguments(tmp_path, capsys):
 
 
 def as_released(model, folder):
-    """A model in the release's own layout: its names, a flat config, two files."""
+    """A model in the layout of the release: its names, a flat config, two files."""
     folder.mkdir()
     config = model.config.to_dict()
     text, vision = config["text_config"], config["vision_config"]
@@ -252,7 +252,7 @@ def as_released(model, folder):
 
 @pytest.mark.parametrize("fields", [{"layers": 8}, {"layers": 4, "scheduler_layer": 2, "tie_word_embeddings": True}])
 def test_another_checkpoint_of_the_release(tmp_path, fields):
-    """Other sizes, output weights of their own, several files, a scheduler elsewhere."""
+    """Other sizes, untied output weights, several files, a scheduler at another layer."""
     model = tiny_model(evict_early_layers=True, surrogate="release", **fields)
     as_released(model, tmp_path / "released")
     convert_photon.main(["--official", str(tmp_path / "released"), "--output", str(tmp_path / "photon")])

@@ -50,7 +50,7 @@ def centroid(mask, affine):
 
 
 def change_of(before, now):
-    """What two volumes of one lesion say; the diameters of a change differ by a fifth at least."""
+    """The change that two volumes of one lesion show; diameters of a change differ by a fifth at least."""
     return "new" if not before else "grown" if now > 1.5 * before else "shrunk" if now < before / 1.5 else "unchanged"
 
 
@@ -134,12 +134,12 @@ def test_stored_orientation_moves_no_voxel(tmp_path):
 
 def test_grid_is_hounsfield_and_spacing_varies(data_set):
     root, _, rows, _, _ = data_set
-    seen = set()
+    grids = set()
     for volume in {v for row in rows for v in row["volumes"]}:
         image = nib.load(root / volume)
         assert image.get_data_dtype() == np.int16
-        seen.add((image.shape, "".join(nib.aff2axcodes(image.affine))))
-    assert len({code for _, code in seen}) >= 4 and len({shape for shape, _ in seen}) >= 15
+        grids.add((image.shape, "".join(nib.aff2axcodes(image.affine))))
+    assert len({code for _, code in grids}) >= 4 and len({shape for shape, _ in grids}) >= 15
 
 
 @pytest.mark.parametrize("fov", LIMITED_FOVS)
@@ -167,7 +167,7 @@ def test_field_of_view_answers_agree_with_the_labels(tmp_path, fov):
 
 
 def test_answers_agree_with_image_and_maps(data_set):
-    """Answer every question again from the written voxels alone."""
+    """Every answer is found again in the written voxels."""
     root, _, rows, _, _ = data_set
     checked = Counter()
     for row in rows:
@@ -207,7 +207,7 @@ def test_answers_agree_with_image_and_maps(data_set):
 
 
 def test_a_comparison_follows_the_voxels():
-    config, seen = PhantomConfig(follow_up=1.0), Counter()
+    config, found = PhantomConfig(follow_up=1.0), Counter()
     for patient in range(6):
         phantom = Phantom(21, patient, config)
         maps, facts = [], []
@@ -219,8 +219,8 @@ def test_a_comparison_follows_the_voxels():
         for _, organ, change in comparisons(*facts):
             before, now = ((m[o == LABELS[organ]] > 0).sum() * v for o, m, v in maps)
             assert now > 0 and change == change_of(before, now)
-            seen[change] += 1
-    assert set(seen) == set(CHANGES)
+            found[change] += 1
+    assert set(found) == set(CHANGES)
 
 
 def test_rows_have_the_training_format(data_set):
@@ -269,7 +269,7 @@ def test_blind_baseline_of_a_small_set_is_chance(data_set):
 
 
 def _lopsided(patients, config):
-    """Candidates whose answers lean on the question, as an unbalanced generator would make them."""
+    """Candidates whose answers depend on the question's text, as of an unbalanced generator."""
     rng = np.random.default_rng(0)
     sizes = [f"{d:g}" for d in config.phantom.diameters]
     for patient in range(patients):
