@@ -114,15 +114,15 @@ def _headers(path: Path, findings: Findings) -> list:
     files = sorted(p for p in path.iterdir() if not p.is_dir()) if path.is_dir() else [path]
     folder, headers, others = path.resolve(), [], 0
     for file in files:
-        if file.is_symlink() and path.is_dir() and folder not in file.resolve().parents:
-            raise VolumeError(
-                VolumeFault.LINK_LEAVES_FOLDER,
-                "The folder holds a link to a file outside it. Copy the slices themselves into the folder.",
-            )
         if file.is_symlink() and not file.exists():
             raise VolumeError(
                 VolumeFault.NO_SUCH_FILE,
                 "The folder holds a link to a file that does not exist: a slice may be missing. Repair or remove it.",
+            )
+        if file.is_symlink() and path.is_dir() and folder not in file.resolve().parents:
+            raise VolumeError(
+                VolumeFault.LINK_LEAVES_FOLDER,
+                "The folder holds a link to a file outside it. Copy the slices themselves into the folder.",
             )
         dataset = _header(file) if file.is_file() else None  # opening a pipe would wait for ever
         if dataset is None:

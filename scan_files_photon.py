@@ -1,21 +1,25 @@
 """What the readers of all formats share: reading options, a scan's header, checks of shapes, files and numbers.
 
 Each format opens a source as a `ScanHeader`. Sizes are checked against the file before memory is taken, so that a
-wrong header costs nothing. NRRD and MetaImage are read here too, by SimpleITK.
+wrong header costs nothing.
 """
 
+import contextlib
 import gzip
 import math
 import re
+import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
 
 import numpy as np
 
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
-from .scan_grid_photon import Geometry
+from .scan_grid_photon import Geometry, blank_image
 
 try:
     import SimpleITK as sitk
@@ -30,10 +34,17 @@ except ImportError:
 INFLATE_ERRORS = (EOFError, OSError, zlib.error, fast_error)
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_INFLATION = 1040  # deflate packs at most 1032 : 1
-UNDECLARED_SLICES = (
-    "The file holds more slices than its header says, so that part of the scan would be lost. Repair the header."
+UNDECLARED_VOXELS = (
+    "The file holds more voxels than its header says, so that part of the scan would be lost or shifted. Fetch it "
+    "again, or repair the header."
 )
-NRRD_SPACES = {"left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las"}
+BROKEN_OFF = "it ends too early, or its checksum fails"
+SITK_TYPES = {
+    "i1": "sitkInt8", "u1": "sitkUInt8", "i2": "sitkInt16", "u2": "sitkUInt16", "i4": "sitkInt32", "u4": "sitkUInt32",
+    "f4": "sitkFloat32",
+}  # fmt: skip
+CHUNK = 1 << 20  # bytes
+AHEAD = 48  # chunks that may be inflated and not yet used
 SUFFIXES = {"nifti": (".nii", ".nii.gz"), "nrrd": (".nrrd", ".nhdr"), "meta": (".mha", ".mhd")}
 
 
@@ -102,7 +113,7 @@ def sniff(path: Path) -> str:
         return "numpy"
     if head[:4] == b"NRRD":
         return "nrrd"
-    if re.match(rb"\s*(ObjectType|NDims)\s*=", head):
+    if re.match(rb"\s*(ObjectType|NDims)\s*[=:]", head):
         return "meta"
     return "nifti" if _is_nifti(head) else "unknown"
 
@@ -216,111 +227,80 @@ def as_scalar(array: np.ndarray) -> np.ndarray:
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-# === NRRD and MetaImage ==============================================================================================
+# === Streams of voxels ===============================================================================================
 
 
-def open_itk(path: Path, kind: str, options: ReadOptions, findings: Findings) -> ScanHeader:
-    """NRRD (.nrrd, .nhdr) or MetaImage (.mha, .mhd) by SimpleITK, after a check of what the header points to."""
-    data_file, packed, begin = _check_text_header(path, kind)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("NrrdImageIO" if kind == "nrrd" else "MetaImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:  # ITK's message holds the path
-        raise damaged(f"its {kind} header cannot be understood") from None
-    if reader.GetNumberOfComponents() != 1:
-        raise VolumeError(
-            VolumeFault.NOT_SCALAR, f"There are {reader.GetNumberOfComponents()} numbers a voxel; a scan has one."
-        )
-    shape = tuple(int(n) for n in reader.GetSize())
-    check_shape(shape, options.max_voxels)
-    itemsize = sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], reader.GetPixelID())).itemsize
-    size, wanted = data_file.stat().st_size, count(shape) * itemsize
-    check_file_size(shape, itemsize, size, begin, packed)
-    if not packed and size - begin >= wanted + wanted // shape[-1]:
-        raise VolumeError(VolumeFault.HEADER_LIES, UNDECLARED_SLICES)
-    _, index = select_frame(shape, options)
-
-    def read(progress=None) -> "sitk.Image":
-        try:
-            image = reader.Execute()
-        except RuntimeError:
-            raise damaged("its voxels cannot be read") from None
-        if image.GetDimension() == 4:
-            image = image[:, :, :, index]
-        try:
-            for key in image.GetMetaDataKeys():  # comments and names of the writer: nothing that the model needs
-                image.EraseMetaData(key)
-        except (TypeError, UnicodeError):
-            raise damaged(f"its {kind} header holds bytes that are no text") from None
-        return image
-
-    return ScanHeader(_itk_geometry(reader), read)
-
-
-def _itk_geometry(reader) -> Geometry:
-    """The first three axes of an ITK header, as `image[:, :, :, index]` gives them."""
-    dimension, axes = reader.GetDimension(), np.array(reader.GetDirection())
-    direction = axes.reshape(dimension, dimension)[:3, :3]
-    if dimension == 4 and np.linalg.det(direction) == 0:
-        direction = np.eye(3)
-    return Geometry(reader.GetSize()[:3], reader.GetSpacing()[:3], reader.GetOrigin()[:3], direction.ravel())
-
-
-def _check_text_header(path: Path, kind: str) -> tuple[Path, bool, int]:
-    """(file of the voxels, whether they are compressed, bytes of header before them); refuses what ITK would guess."""
-    with open(path, "rb") as stream:
-        head = stream.read(1 << 16)
-    text = head.decode("latin-1")
-    if kind == "nrrd":
-        end = re.search(r"\r?\n\r?\n", text)
-        begin = end.end() if end else 0
-        fields = dict(re.findall(r"(?m)^([a-z ]+?)\s*:=?\s*(.*?)\s*$", text[:begin] if end else text))
-        target = fields.get("data file", fields.get("datafile", ""))
-        packed = fields.get("encoding", "raw").lower() != "raw"
-        known = fields.get("space", "").lower().removesuffix("-time") in NRRD_SPACES and "space directions" in fields
-        unit = fields.get("space units", '"mm"').replace('"', "").split()
-        if any(u.lower() not in ("mm", "millimeter", "none", "???") for u in unit[:3]):
-            raise VolumeError(VolumeFault.UNIT_NOT_MILLIMETRE, "The NRRD header is not in mm. Convert it to mm first.")
+def read_frame(stream, geometry: Geometry, dtype, scale: tuple[float, float], progress) -> "sitk.Image":
+    """The frame that begins here, as an image; straight into the image's memory where the stored values are final."""
+    in_place = dtype.isnative and dtype.str[1:] in SITK_TYPES and scale == (1.0, 0.0)
+    if in_place:
+        image, array = blank_image(geometry.size, getattr(sitk, SITK_TYPES[dtype.str[1:]]))
+        geometry.image(image)
     else:
-        end = re.search(r"ElementDataFile\s*=\s*(.*?)\s*?\r?\n", text + "\n")
-        begin = end.end() if end else 0
-        fields = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", text[:begin]))
-        target = "" if fields.get("ElementDataFile", "").upper() == "LOCAL" else fields.get("ElementDataFile", "?")
-        packed = fields.get("CompressedData", "false").lower() in ("true", "1")
-        known = not {"TransformMatrix", "Rotation", "Orientation"}.isdisjoint(fields) and "ElementSpacing" in fields
-        _check_meta_scale(fields)
-    if not known:
-        raise VolumeError(
-            VolumeFault.NO_GEOMETRY,
-            f"The {kind} header has no orientation or no spacing, so left and right are unknown. "
-            "Write it again with both, or pass (array, affine).",
-        )
-    return (_data_file(path, target), packed, 0) if target else (path, packed, begin)
+        image, array = None, np.empty(geometry.size[::-1], dtype)
+    memory, done = array.reshape(-1).view(np.uint8), 0
+    with _chunks_ahead(stream, len(memory)) as chunks:
+        for chunk in chunks:
+            memory[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            done += len(chunk)
+            if in_place and progress is not None:
+                progress(image, done * geometry.size[2] // len(memory))
+    return image if in_place else geometry.image(rescale(as_scalar(array), *scale))
 
 
-def _check_meta_scale(fields: dict) -> None:
-    # ITK ignores these two fields
-    scale = (fields.get("ElementToIntensityFunctionSlope", "1"), fields.get("ElementToIntensityFunctionOffset", "0"))
-    if [s.strip("0").rstrip(".") for s in scale] != ["1", ""]:
-        raise VolumeError(
-            VolumeFault.NOT_HU,
-            "The MetaImage header holds a scale for its numbers. Apply it and write the file again.",
-        )
+def skip(stream, length: int) -> None:
+    """Reads over `length` bytes of a stream; a packed stream counts inflated bytes."""
+    while length:
+        chunk = stream.read(min(CHUNK, length))
+        if not chunk:
+            raise damaged("it ends before its voxels")
+        length -= len(chunk)
 
 
-def _data_file(path: Path, target: str) -> Path:
-    """The file of voxels beside a detached header: same folder, same stem, no link. Otherwise a header could name any
-    file of the machine."""
-    data = path.parent / target
-    plain = target == Path(target).name and Path(target).stem == path.stem
-    if not plain or data.is_symlink():
-        raise VolumeError(
-            VolumeFault.EXTERNAL_DATA_FILE,
-            "The header names another file for its voxels than the one of the same stem beside it. Such a link is not "
-            "followed: put both in one folder under one stem, or write the scan into a single file.",
-        )
-    if not data.is_file():
-        raise VolumeError(VolumeFault.NO_SUCH_FILE, "The file of voxels that the header names is not beside it.")
-    return data
+@contextlib.contextmanager
+def _chunks_ahead(stream, total: int):
+    """Iterates over the next `total` bytes of a stream, inflated by another thread while this one interpolates.
+
+    Another thread is needed also because ISA-L leaves the upper halves of the vector registers set in the thread where
+    it ran. SSE code such as ITK's interpolation then takes twice as long there, and in threads started from there.
+    """
+    chunks, stop = Queue(AHEAD), threading.Event()
+
+    def read() -> None:
+        done = 0
+        try:
+            while done < total and not stop.is_set():
+                chunk = stream.read(min(CHUNK, total - done))
+                if not chunk:
+                    raise damaged(f"it ends after {done} of {total} bytes of voxels")
+                done += len(chunk)
+                chunks.put(chunk)
+        finally:
+            chunks.put(None)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        reading = pool.submit(read)
+        try:
+            yield iter(chunks.get, None)
+            reading.result()
+        finally:
+            stop.set()
+            while not reading.done():  # it may wait for room in the queue
+                with contextlib.suppress(Empty):
+                    chunks.get(timeout=0.01)
+
+
+def check_rest(stream, frames_bytes: int, slice_bytes: int, packed: bool, findings: Findings) -> None:
+    """Reads to the end, which checks the checksum of a packed stream. Refuses more slices than the header declares. A
+    file without checksum may hold only zeros after the voxels: other bytes may mean that the voxels are shifted."""
+    rest, zeros = 0, True
+    while chunk := stream.read(CHUNK):
+        zeros = zeros and (packed or not any(chunk[max(0, frames_bytes - rest) :]))
+        rest += len(chunk)
+        if rest >= frames_bytes + slice_bytes or not zeros:
+            raise VolumeError(VolumeFault.HEADER_LIES, UNDECLARED_VOXELS)
+    if rest < frames_bytes:
+        raise damaged("it ends before its last frame")
+    if rest > frames_bytes:
+        extra = rest - frames_bytes
+        findings.note(VolumeFault.HEADER_LIES, f"{extra} bytes follow the last voxel; they are not used.")

@@ -1,49 +1,34 @@
 """NIfTI-1 and -2 by nibabel's header: no affine is guessed, and voxels are inflated once, into the image's memory."""
 
-import contextlib
 import logging
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Empty, Queue
 
 import numpy as np
 
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
 from .scan_files_photon import (
+    BROKEN_OFF,
     INFLATE_ERRORS,
     RAS_TO_LPS,
-    UNDECLARED_SLICES,
     ReadOptions,
     ScanHeader,
-    as_scalar,
     check_file_size,
+    check_rest,
     count,
     damaged,
     fast_gzip,
-    rescale,
+    read_frame,
     select_frame,
+    skip,
 )
-from .scan_grid_photon import Geometry, blank_image
+from .scan_grid_photon import Geometry
 
 try:
     import nibabel as nib
     from nibabel.spatialimages import HeaderDataError
 except ImportError:
     nib, HeaderDataError = None, ValueError
-try:
-    import SimpleITK as sitk
-except ImportError:
-    sitk = None
-
 FATAL_REPAIRS = ("sizeof_hdr", "bitpix", "vox offset 0", "sform_code", "qform_code")
-SITK_TYPES = {
-    "i1": "sitkInt8", "u1": "sitkUInt8", "i2": "sitkInt16", "u2": "sitkUInt16", "i4": "sitkInt32", "u4": "sitkUInt32",
-    "f4": "sitkFloat32",
-}  # fmt: skip
-CHUNK = 1 << 20  # bytes
-AHEAD = 48  # chunks that may be inflated and not yet used
-BROKEN_OFF = "it ends too early, or its checksum fails"
 MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's xyzt_units & 7: metre, millimetre, micrometre
 
 
@@ -75,12 +60,12 @@ def open_nifti(path: Path, options: ReadOptions, findings: Findings) -> ScanHead
     frame_bytes = count(size) * dtype.itemsize
     frames_after = (shape[3] if len(shape) == 4 else 1) - 1 - index
 
-    def read(progress=None) -> "sitk.Image":
+    def read(progress=None):
         try:
             with opener(path, "rb") as stream:
-                _skip(stream, offset + index * frame_bytes)
-                image = _read_frame(stream, geometry, dtype, scale, progress)
-                _check_rest(stream, frames_after * frame_bytes, frame_bytes // size[2], findings)
+                skip(stream, offset + index * frame_bytes)
+                image = read_frame(stream, geometry, dtype, scale, progress)
+                check_rest(stream, frames_after * frame_bytes, frame_bytes // size[2], packed, findings)
                 return image
         except INFLATE_ERRORS:
             raise damaged(BROKEN_OFF) from None
@@ -127,6 +112,11 @@ def nifti_affine(header, findings: Findings) -> np.ndarray:
         qform, qcode = header.get_qform(coded=True)
     except (HeaderDataError, ValueError):
         raise VolumeError(VolumeFault.DEGENERATE_AFFINE, "The NIfTI qform is no rotation. Repair it.") from None
+    if scode and qcode and not np.any(sform[:3]):  # the form of a writer that sets the code alone
+        scode = 0
+        findings.warn(
+            VolumeFault.QFORM_SFORM_DISAGREE, "The sform of the NIfTI header is all zero; the qform is used."
+        )
     if not scode and not qcode:
         raise VolumeError(
             VolumeFault.NO_GEOMETRY,
@@ -167,75 +157,3 @@ def _compare_forms(sform, qform, shape, findings: Findings) -> None:
             f"sform and qform of the NIfTI header are up to {shift:.1f} mm and {angle:.1f} degrees apart. The "
             "sform is used. Make them agree if the other is right.",
         )
-
-
-def _read_frame(stream, geometry: Geometry, dtype, scale: tuple[float, float], progress) -> "sitk.Image":
-    """The frame that begins here, as an image; straight into the image's memory where the stored values are final."""
-    in_place = dtype.isnative and dtype.str[1:] in SITK_TYPES and scale == (1.0, 0.0)
-    if in_place:
-        image, array = blank_image(geometry.size, getattr(sitk, SITK_TYPES[dtype.str[1:]]))
-        geometry.image(image)
-    else:
-        image, array = None, np.empty(geometry.size[::-1], dtype)
-    memory, done = array.reshape(-1).view(np.uint8), 0
-    with _chunks_ahead(stream, len(memory)) as chunks:
-        for chunk in chunks:
-            memory[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
-            done += len(chunk)
-            if in_place and progress is not None:
-                progress(image, done * geometry.size[2] // len(memory))
-    return image if in_place else geometry.image(rescale(as_scalar(array), *scale))
-
-
-def _skip(stream, offset: int) -> None:
-    """Forward to byte `offset`; a gzip stream counts inflated bytes."""
-    stream.seek(offset)
-    if stream.tell() != offset:
-        raise damaged("it ends before its voxels")
-
-
-@contextlib.contextmanager
-def _chunks_ahead(stream, total: int):
-    """Iterates over the next `total` bytes of a stream, inflated by another thread while this one interpolates.
-
-    Another thread is needed also because ISA-L leaves the upper halves of the vector registers set in the thread where
-    it ran. SSE code such as ITK's interpolation then takes twice as long there, and in threads started from there.
-    """
-    chunks, stop = Queue(AHEAD), threading.Event()
-
-    def read() -> None:
-        done = 0
-        try:
-            while done < total and not stop.is_set():
-                chunk = stream.read(min(CHUNK, total - done))
-                if not chunk:
-                    raise damaged(f"it ends after {done} of {total} bytes of voxels")
-                done += len(chunk)
-                chunks.put(chunk)
-        finally:
-            chunks.put(None)
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        reading = pool.submit(read)
-        try:
-            yield iter(chunks.get, None)
-            reading.result()
-        finally:
-            stop.set()
-            while not reading.done():  # it may wait for room in the queue
-                with contextlib.suppress(Empty):
-                    chunks.get(timeout=0.01)
-
-
-def _check_rest(stream, frames_bytes: int, slice_bytes: int, findings: Findings) -> None:
-    """Reads to the end, which checks a gzip file's checksum; refuses a file with more slices than its header says."""
-    rest = 0
-    while chunk := stream.read(CHUNK):
-        rest += len(chunk)
-        if rest >= frames_bytes + slice_bytes:
-            raise VolumeError(VolumeFault.HEADER_LIES, UNDECLARED_SLICES)
-    if rest < frames_bytes:
-        raise damaged("it ends before its last frame")
-    if rest > frames_bytes:
-        extra = rest - frames_bytes
-        findings.note(VolumeFault.HEADER_LIES, f"{extra} bytes follow the last voxel; they are not used.")

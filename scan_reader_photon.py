@@ -34,7 +34,6 @@ from .scan_files_photon import (
     ScanHeader,
     as_scalar,
     damaged,
-    open_itk,
     rescale,
     select_frame,
     sniff,
@@ -42,6 +41,7 @@ from .scan_files_photon import (
 from .scan_grid_photon import Geometry, SlabInterpolation, interpolate_linear, model_grid, resample
 from .scan_intensity_photon import intensity_window, scale_in_place, value_range
 from .scan_nifti_photon import nifti_affine, nifti_unit, open_nifti
+from .scan_nrrd_photon import open_meta, open_nrrd
 
 try:
     import SimpleITK as sitk
@@ -220,9 +220,8 @@ def _open_path(path: Path, options: ReadOptions, findings: Findings) -> ScanHead
         return open_dicom(path, options, findings)
     if options.series is not None:
         raise ValueError(NO_SERIES)
-    if kind == "nifti":
-        return open_nifti(path, options, findings)
-    return open_itk(path, kind, options, findings)
+    opener = {"nifti": open_nifti, "nrrd": open_nrrd, "meta": open_meta}[kind]
+    return opener(path, options, findings)
 
 
 def _open_sitk(image, options: ReadOptions) -> ScanHeader:
@@ -252,8 +251,9 @@ def _open_nibabel(image, options: ReadOptions, findings: Findings) -> ScanHeader
         raise VolumeError(VolumeFault.NO_GEOMETRY, "The nibabel image has no affine. Give it one.")
     affine = np.array(image.affine, dtype=np.float64)
     if isinstance(image, nib.Nifti1Pair):
-        nifti_affine(image.header, findings)  # refuses a header without a place, warns where its two places differ
+        stored = nifti_affine(image.header, findings)  # refuses a header without a place, warns of two that differ
         affine[:3] *= nifti_unit(image.header)
+        affine = affine if affine[:3].any() else stored
     geometry = Geometry.from_affine(size, RAS_TO_LPS @ affine)
     part = ((slice(None),) * 3 + (index,) + (0,) * (len(image.shape) - 4))[: len(image.shape)]
     return ScanHeader(
