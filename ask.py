@@ -22,7 +22,7 @@ from photon import overlay
 from photon.asking import ask, caption, describe, kept_views
 from photon.console import one_line_faults
 from photon.loading import ROOT, load, load_processor
-from photon.scan_report_photon import inspect_volume
+from photon.scan_report import inspect_volume
 
 PICTURES = {".png", ".jpg", ".jpeg", ".pdf", ".svg"}
 IMAGES = (".nii", ".nii.gz", ".nrrd", ".mha")

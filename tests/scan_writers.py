@@ -12,7 +12,7 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittle
 
 from photon.scan_faults_photon import VolumeError
 from photon.scan_reader_photon import read_volume
-from photon.scan_report_photon import inspect_volume
+from photon.scan_report import inspect_volume
 
 SHAPE = (8, 12, 10)  # slices, rows, columns
 AFFINE = np.array([[-0.9, 0, 0, 40], [0, 1.3, 0, -70], [0, 0, 2.1, 15], [0, 0, 0, 1]], dtype=np.float64)  # RAS+

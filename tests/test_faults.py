@@ -28,7 +28,7 @@ from pydicom.uid import (
 )
 
 from photon.scan_reader_photon import read_volume
-from photon.scan_report_photon import inspect_volume
+from photon.scan_report import inspect_volume
 from scan_writers import (
     AFFINE,
     SHAPE,

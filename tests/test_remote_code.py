@@ -25,7 +25,7 @@ from photon.loading import load
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.phantoms.patient import make_patient
 
-TOOLS = {"convert_photon.py", "scan_report_photon.py"}  # of this suffix, but nothing in a checkpoint imports them
+TOOLS = {"convert_photon.py"}  # of this suffix, but nothing in a checkpoint imports it
 PIPELINE = """
 import json, sys
 from transformers import pipeline
@@ -77,7 +77,7 @@ def test_a_saved_folder_is_what_ships(repository, tmp_path):
     """Code, configuration and weights equal the root's, as saved here and as saved from there in a fresh process."""
     assert code(repository) == code(ROOT)
     for name in ("config.json", "processor_config.json", "generation_config.json", "tokenizer.json"):
-        assert json.loads((repository / name).read_text()) == json.loads((ROOT / name).read_text()), name
+        assert json.loads((repository / name).read_text("utf-8")) == json.loads((ROOT / name).read_text("utf-8")), name
     for name in ("chat_template.jinja", "model.safetensors"):
         assert (repository / name).read_bytes() == (ROOT / name).read_bytes(), name
     run_fresh(

@@ -18,7 +18,7 @@ from photon import scan_intensity_photon as intensity
 from photon import scan_reader_photon as volume
 from photon.scan_grid_photon import Geometry, model_grid, resample
 from photon.scan_reader_photon import read_volume
-from photon.scan_report_photon import inspect_volume
+from photon.scan_report import inspect_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PHOTON_TEST_DATA", ROOT.parent / "shared" / "data"))

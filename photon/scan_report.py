@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from .scan_faults_photon import Findings, VolumeError
-from .scan_files_photon import ReadOptions
-from .scan_grid_photon import Geometry, model_grid, resample
-from .scan_intensity_photon import find_modality, intensity_window, scale_intensity
-from .scan_reader_photon import check_geometry, open_scan, read_voxels, system_errors
+from photon.scan_faults_photon import Findings, VolumeError
+from photon.scan_files_photon import ReadOptions
+from photon.scan_grid_photon import Geometry, model_grid, resample
+from photon.scan_intensity_photon import find_modality, intensity_window, scale_intensity
+from photon.scan_reader_photon import check_geometry, open_scan, read_voxels, system_errors
 
 try:
     import SimpleITK as sitk
