@@ -63,11 +63,13 @@ def question_mask(input_ids, visual_mask, config):
     Raises: `ValueError` where a row has visual tokens and no question.
     """
     mask = torch.zeros_like(visual_mask)
+    vision_end, im_end = config.vision_end_token_id, config.im_end_token_id  # a config's fields are slow to read
+    marks = {config.vision_start_token_id, vision_end}
+    opening = config.im_start_token_id, config.user_token_id
     for row in visual_mask.any(-1).nonzero().flatten().tolist():
         ids, visual = input_ids[row].tolist(), visual_mask[row].tolist()
-        begin, end = _last_user_turn(ids, config)
-        marks = {config.vision_start_token_id, config.vision_end_token_id}
-        after_scan = max((i + 1 for i in range(begin, end) if ids[i] == config.vision_end_token_id), default=begin)
+        begin, end = _last_user_turn(ids, opening, vision_end, im_end)
+        after_scan = max((i + 1 for i in range(begin, end) if ids[i] == vision_end), default=begin)
         for first in (after_scan, begin):
             places = [i for i in range(first, end) if not visual[i] and ids[i] not in marks]
             if places:
@@ -75,23 +77,24 @@ def question_mask(input_ids, visual_mask, config):
         else:
             raise ValueError(
                 f"Row {row} has a scan but no question: expected text in the user turn, closed by the token "
-                f"{config.im_end_token_id} (<|im_end|>). Use processor.apply_chat_template, or pass question_mask."
+                f"{im_end} (<|im_end|>). Use processor.apply_chat_template, or pass question_mask."
             )
         mask[row, places] = True
     return mask
 
 
-def _last_user_turn(ids, config):
-    """First place and end of the last user turn's content; an empty range where there is none."""
-    starts = [
-        i + 3  # <|im_start|>, the role word, a line break
-        for i in range(len(ids) - 1)
-        if ids[i] == config.im_start_token_id and ids[i + 1] == config.user_token_id
-    ]
-    if config.im_start_token_id is None or config.user_token_id is None or not starts:
-        starts = [i + 1 for i, token in enumerate(ids) if token == config.vision_end_token_id]
+def _last_user_turn(ids, opening, vision_end, im_end):
+    """First place and end of the last user turn's content; an empty range where there is none.
+
+    Args: ids: list of a row's tokens; opening: the ids of `<|im_start|>` and the role word, or `None` for either.
+    """
+    starts = []
+    if None not in opening:  # after <|im_start|>, the role word, a line break
+        starts = [i + 3 for i in range(len(ids) - 1) if (ids[i], ids[i + 1]) == opening]
+    if not starts:
+        starts = [i + 1 for i, token in enumerate(ids) if token == vision_end]
     begin = starts[-1] if starts else len(ids)
-    return begin, next((i for i in range(begin, len(ids)) if ids[i] == config.im_end_token_id), begin)
+    return begin, next((i for i in range(begin, len(ids)) if ids[i] == im_end), begin)
 
 
 def real_places(attention_mask, like):

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands: other processes may use the same cores
 # a folder for each process: code is copied there, and several processes must not copy at once
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="photon-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
