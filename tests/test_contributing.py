@@ -83,4 +83,10 @@ def test_a_loss(copy):
 
 def test_a_scan_format():
     code = re.search(r"```python\n(.*?)```", SECTIONS["A scan format"], re.S)[1]
+    prose = SECTIONS["A scan format"].split("```")[-1]
+    sources = "".join(file.read_text("utf-8") for file in ROOT.glob("scan_*_photon.py"))
+    for name in set(re.findall(r"`(\w+)`", prose)):
+        assert re.search(rf"^(def |class )?{name}\b", sources, re.M), name
+    for file in set(re.findall(r"`([\w/]+\.py)`", prose)) - {"scan_NAME_photon.py"}:
+        assert (ROOT / file).is_file(), file
     run_fresh(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\nassert image.GetSize() == (20, 30, 40)")
