@@ -2,12 +2,15 @@
 
     python ask.py SCAN "question" [--model DIR] [--overlay out.png] [--keep-map out.nii.gz] [--dense] [--json]
     python ask.py PRIOR NOW "Has the lesion grown?"
+    python ask.py SCAN "question" --compare "another question" --overlay both.png --html both.html
     python ask.py --inspect SCAN [--overlay out.png]
 
 SCAN is a NIfTI, NRRD or MetaImage file, or a DICOM folder. Prints the answer, how many of the
 scan's visual tokens were kept, and the seconds for reading, vision, prefill and decoding. `--overlay` draws three
-planes with the kept tokens outlined; `--keep-map` writes the kept tokens as an image on the scan's voxels, which a
-viewer can lay over the scan. `--inspect` reports how a scan is read and draws what the model gets of it.
+planes with the kept tokens outlined, and says below them how the planes were chosen; `--html` writes one file that
+scrolls through all slices in a browser, without network. `--compare` asks further questions about the same scan and
+puts them into the same picture. `--keep-map` writes the kept tokens as an image on the scan's voxels, which a viewer
+can lay over the scan. `--inspect` reports how a scan is read and draws what the model gets of it.
 Not a medical device.
 """
 
@@ -19,12 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from photon import overlay
-from photon.asking import ask, caption, describe, kept_views
+from photon.asking import ask, describe, html_of, overlap, picture_rows, shown_scans
 from photon.console import one_line_faults
 from photon.loading import ROOT, load, load_processor
 from photon.scan_report import inspect_volume
 
 PICTURES = {".png", ".jpg", ".jpeg", ".pdf", ".svg"}
+PAGES = {".html", ".htm"}
 IMAGES = (".nii", ".nii.gz", ".nrrd", ".mha")
 
 
@@ -69,6 +73,8 @@ def parse(argv=None):
     parser.add_argument("--inspect", action="store_true", help="report how one scan is read; no question, no model")
     parser.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: this repository's tiny model)")
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="draw three planes with the kept tokens outlined")
+    parser.add_argument("--html", type=Path, metavar="HTML", help="write a page that scrolls, one file, no network")
+    parser.add_argument("--compare", action="append", metavar="QUESTION", help="ask this too; may be given again")
     parser.add_argument("--keep-map", type=Path, metavar="NII", help="write the kept tokens on the scan's voxels")
     parser.add_argument("--dense", action="store_true", help="keep all tokens")
     parser.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient tokens")
@@ -94,12 +100,12 @@ def wrong_question(args):
     if args.inspect:
         if len(args.scans) != 1:
             return "--inspect takes one scan and no question."
-        asked = ("dense", "token_budget", "keep_ratio", "max_new_tokens", "keep_map", "window")
+        asked = ("dense", "token_budget", "keep_ratio", "max_new_tokens", "keep_map", "window", "html", "compare")
         given = ["--" + name.replace("_", "-") for name in asked if getattr(args, name) not in (None, False)]
         return f"--inspect asks no question; leave out {', '.join(given)}." if given else None
     if len(args.scans) < 2 or os.path.exists(args.scans[-1]):  # a path is no question, and would be drawn
         return "Give one or more scans, then the question in quotes."
-    if not args.scans[-1].strip():
+    if not all(question.strip() for question in [args.scans[-1], *(args.compare or ())]):
         return "The question is empty."
     if sum((args.dense, args.token_budget is not None, args.keep_ratio is not None)) > 1:
         return "--dense, --token-budget and --keep-ratio exclude each other."
@@ -121,7 +127,9 @@ def wrong_output(args, scans):
         return f"--overlay needs one of the suffixes {', '.join(sorted(PICTURES))}."
     if args.keep_map and not args.keep_map.name.lower().endswith(IMAGES):
         return f"--keep-map needs one of the suffixes {', '.join(IMAGES)}."
-    for option, file in (("--overlay", args.overlay), ("--keep-map", args.keep_map)):
+    if args.html and args.html.suffix.lower() not in PAGES:
+        return f"--html needs one of the suffixes {', '.join(sorted(PAGES))}."
+    for option, file in (("--overlay", args.overlay), ("--keep-map", args.keep_map), ("--html", args.html)):
         for target in [numbered(file, number) for number in range(len(scans))] if file else ():
             if not target.resolve().parent.is_dir():
                 return f"The folder of {option} does not exist."
@@ -149,7 +157,9 @@ def run(args):
         "max_new_tokens": args.max_new_tokens,
     }
     options = {key: value for key, value in options.items() if value is not None}
-    result, inputs, keep_mask = ask(processor, model, scans, question, **options)
+    questions = [question, *(args.compare or ())]
+    answers = [ask(processor, model, scans, question, **options) for question in questions]
+    result, inputs, keep_mask = answers[0]
     if args.keep_map:
         import SimpleITK as sitk
 
@@ -157,14 +167,41 @@ def run(args):
             kept = processor.keep_map(keep_mask, inputs, 0, number)
             with writing("--keep-map"):
                 sitk.WriteImage(kept, str(numbered(args.keep_map, number)), useCompression=True)
-    if args.overlay:
-        for number, (views, window) in enumerate(kept_views(processor, inputs, keep_mask, scans)):
-            with writing("--overlay"):
-                file = numbered(args.overlay, number)
-                overlay.draw(views, file, caption(question, result), args.window or window)
+    if args.overlay or args.html:
+        draw(args, processor, scans, questions, answers)
     if args.token_budget is not None and args.token_budget > result["tokens_seen"]:
         print("warning: --token-budget is more than there are visual tokens; all were kept.", file=sys.stderr)
-    print(json.dumps(result) if args.json else describe(result))
+    report(args, questions, answers)
+
+
+def draw(args, processor, scans, questions, answers):
+    """Writes the files of --overlay and --html, one a scan."""
+    results = [result for result, _, _ in answers]
+    for number, shown in enumerate(shown_scans(processor, scans, answers)):
+        if args.overlay:
+            rows = picture_rows(shown, questions, results, args.window)
+            with writing("--overlay"):
+                overlay.draw_rows(rows, numbered(args.overlay, number), shown.window)
+        if args.html:
+            page = html_of(shown, questions, results, args.window)
+            with writing("--html"):
+                numbered(args.html, number).write_text(page, encoding="utf-8")
+
+
+def report(args, questions, answers):
+    """Prints the answers; with --compare also how much of what was kept is the same."""
+    (result, _, keep_mask), *others = answers
+    compared = [
+        {"question": question, **other, "shared": overlap(keep_mask, mask)}
+        for question, (other, _, mask) in zip(questions[1:], others, strict=True)
+    ]
+    if args.json:
+        print(json.dumps(result | ({"compared": compared} if compared else {})))
+        return
+    print(describe(result))
+    for other in compared:
+        print(f"\n{other['question']}\n{describe(other)}")
+        print(f"{other['shared']:.0%} of the tokens kept for either question were kept for both")
 
 
 def main(argv=None):

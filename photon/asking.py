@@ -1,20 +1,24 @@
 """One question about one or more scans: the answer with counts and seconds, and pictures of what was kept.
 
 processor, model = load(folder)
-result, inputs, keep_mask = ask(processor, model, ["ct.nii.gz"], "Is there a lesion in the liver?")
-for views, window in kept_views(processor, inputs, keep_mask, ["ct.nii.gz"]):
-    overlay.draw(views, "kept.png", caption(question, result), window)
+answer = result, inputs, keep_mask = ask(processor, model, ["ct.nii.gz"], "Is there a lesion in the liver?")
+for shown in shown_scans(processor, ["ct.nii.gz"], [answer]):
+    overlay.draw_rows(picture_rows(shown, [question], [result]), "kept.png", shown.window)
 """
 
 import time
 import warnings
+from dataclasses import dataclass
 
 import torch
 from transformers import StoppingCriteria
 
 from photon import overlay
+from photon.planes import choose_planes, question_window
 from photon.scan_intensity_photon import find_modality, intensity_window
 from photon.scan_reader_photon import read_volume
+from photon.viewer.export import html_page
+from photon.viewer.packing import PackedScan
 
 
 @torch.inference_mode()
@@ -113,25 +117,67 @@ def caption(question, result):
     return f"{question}  {answer}  ({result['tokens_kept']} of {result['tokens_seen']} tokens kept)"
 
 
-def kept_views(processor, inputs, keep_mask, scans):
-    """For each scan its three planes with what was kept (`overlay.View`), and grey levels that suit it.
+@dataclass
+class ShownScan:
+    """A scan with what was kept of it for each question, as pictures need it.
 
-    Args:
-        inputs, keep_mask: as `ask` returns them for these scans.
-        scans: as `ask` takes them.
-    Yields: a list of views, and (low, high) in the scan's units: soft tissue in CT, the model's range in MR.
+    Args: image: SimpleITK image; kept: an image a question on the same voxels, nonzero where kept; window: (low, high)
+        in the scan's units, soft tissue in CT and the model's range in MR; ct: whether values are HU.
     """
+
+    image: object
+    kept: list
+    window: tuple[float, float]
+    ct: bool
+
+
+def shown_scans(processor, scans, answers):
+    """Yields a `ShownScan` for each scan. scans: as `ask` takes them; answers: what `ask` returned, one a question."""
     for number, scan in enumerate(scans):
         options = {key: value for key, value in _volume_part(scan).items() if key != "type"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given when the scan was read for the model
             image = read_volume(options.pop("volume"), **options)
-        yield overlay.views(image, processor.keep_map(keep_mask, inputs, 0, number)), _display_window(processor, image)
+        kept = [processor.keep_map(keep_mask, inputs, 0, number) for _, inputs, keep_mask in answers]
+        yield ShownScan(image, kept, *display_window(processor, image))
 
 
-def _display_window(processor, image):
+def display_window(processor, image):
+    """(low, high) in the scan's units for a person, and whether the scan is a CT."""
     settings = processor.image_processor
     modality = find_modality(image, settings.modality, assume_hu=settings.assume_hu)
     if modality == "ct":
-        return overlay.SOFT_TISSUE
-    return intensity_window(image, modality=modality, percentiles=settings.percentiles)
+        return overlay.SOFT_TISSUE, True
+    return intensity_window(image, modality=modality, percentiles=settings.percentiles), False
+
+
+def picture_rows(shown, questions, results, window=None):
+    """A row of planes for each question on a `ShownScan`, as `overlay.draw_rows` takes them.
+
+    Args: questions: texts; results: the first of what `ask` returned for each; window: (low, high) in the scan's
+        units; by default what suits the question, else the scan.
+    """
+    rows = []
+    for number, (question, result, kept) in enumerate(zip(questions, results, shown.kept, strict=True)):
+        at, reason = choose_planes(shown.image, kept, question, shown.ct)
+        others = [image for other, image in enumerate(shown.kept) if other != number]
+        planes = overlay.views(shown.image, kept, at, others)
+        grey = window or question_window(question, shown.ct)
+        rows.append(overlay.Row(planes, f"{caption(question, result)}\n{reason}", number, grey))
+    return rows
+
+
+def html_of(shown, questions, results, window=None):
+    """A `ShownScan` and its questions as one HTML page (text) that needs no network; arguments as above."""
+    packed = PackedScan(shown.image, window or shown.window, shown.ct)
+    items = []
+    for question, result, kept in zip(questions, results, shown.kept, strict=True):
+        more = {name: result[name] for name in ("tokens_kept", "tokens_seen")} | ({"window": window} if window else {})
+        items.append(packed.question(kept, question, result["answer"], **more))
+    return html_page(packed.scan, items)
+
+
+def overlap(first, second):
+    """Share of the tokens kept for either of two questions that were kept for both: 0 to 1."""
+    either = int((first | second).sum())
+    return int((first & second).sum()) / either if either else 1.0

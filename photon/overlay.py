@@ -1,4 +1,4 @@
-"""Three upright planes of a scan, with outlines around what was kept.
+"""Three upright planes of a scan, with outlines around what was kept, for one question or several.
 
 Radiological convention: the patient's right on the picture's left in axial and coronal views, anterior on the left in
 sagittal ones; anterior or superior up. Nothing but voxels is drawn: no name, no date, no path.
@@ -8,6 +8,8 @@ import textwrap
 from dataclasses import dataclass
 
 import numpy as np
+
+from photon.planes import choose_planes
 
 try:
     import SimpleITK as sitk
@@ -20,7 +22,7 @@ except ImportError:
     Figure = None
 
 SOFT_TISSUE = (-160.0, 240.0)  # HU
-OUTLINE = "#ffb000"
+OUTLINES = ("#ffb000", "#4cc9f0", "#f15bb5", "#9ef01a")  # one a question; told apart by colour-blind readers too
 SIDES = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
 CAPTION_LINES = 8
 
@@ -34,31 +36,47 @@ class View:
     kept: np.ndarray  # (rows, columns) bool
     spacing: tuple[float, float]  # mm between rows, between columns
     sides: tuple[str, str, str, str]  # letters at left, right, top, bottom
+    others: tuple[np.ndarray, ...] = ()  # (rows, columns) bool each: kept for other questions
 
 
-def views(scan, kept=None, at=None):
+@dataclass
+class Row:
+    """The planes of one question, and the text below them."""
+
+    planes: list[View]
+    caption: str = ""
+    number: int = 0  # which colour of `OUTLINES` its kept tokens have
+    window: tuple[float, float] | None = None  # (low, high) in the scan's units, where it differs from the picture's
+
+
+def views(scan, kept=None, at=None, others=()):
     """Axial, coronal and sagittal `View` of a SimpleITK image.
 
     Args:
         scan: 3D image of any orientation; an oblique one is shown along its own axes.
         kept: image on the same voxels, nonzero where kept.
-        at: (x, y, z) voxel indices in LPS order of the three planes; by default the planes that cross most of the
-            body's kept and dropped parts.
+        at: (x, y, z) voxel indices in LPS order of the three planes; by default as `choose_planes` finds them.
+        others: images like `kept`, of other questions on the scan.
     """
+    if at is None:
+        at, _ = choose_planes(scan, kept)
     scan = sitk.DICOMOrient(scan, "LPS")  # array (z, y, x): to superior, posterior, left
     pixels = sitk.GetArrayFromImage(scan)
-    mask = np.zeros(pixels.shape, bool) if kept is None else sitk.GetArrayFromImage(sitk.DICOMOrient(kept, "LPS")) > 0
-    if at is None:
-        body = sitk.GetArrayFromImage(sitk.OtsuThreshold(scan, 0, 1)) > 0
-        at = telling_planes(mask & body, body & ~mask)
+    masks = [sitk.GetArrayFromImage(sitk.DICOMOrient(image, "LPS")) > 0 for image in (kept, *others) if image]
+    masks = masks if kept else [np.zeros(pixels.shape, bool), *masks]
     x, y, z = at
     dx, dy, dz = scan.GetSpacing()
     up = slice(None, None, -1)  # superior is the last slice and belongs on top
-    return [
-        View("axial", pixels[z], mask[z], (dy, dx), SIDES["axial"]),
-        View("coronal", pixels[up, y], mask[up, y], (dz, dx), SIDES["coronal"]),
-        View("sagittal", pixels[up, :, x], mask[up, :, x], (dz, dy), SIDES["sagittal"]),
-    ]
+    parts = {
+        "axial": ((z,), (dy, dx)),
+        "coronal": ((up, y), (dz, dx)),
+        "sagittal": ((up, slice(None), x), (dz, dy)),
+    }
+    planes = []
+    for name, (part, spacing) in parts.items():
+        first, *rest = (mask[part] for mask in masks)
+        planes.append(View(name, pixels[part], first, spacing, SIDES[name], tuple(rest)))
+    return planes
 
 
 def upright_view(name, pixels, spacing):
@@ -66,64 +84,86 @@ def upright_view(name, pixels, spacing):
     return View(name, pixels, np.zeros(pixels.shape, bool), spacing, SIDES[name])
 
 
-def telling_planes(kept, dropped):
-    """(x, y, z) of the three planes that cross most of both masks (z, y, x); among equals the plane nearest to the
-    centre."""
-    place = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        a, b = kept.sum(others), dropped.sum(others)
-        score = np.minimum(a, b) if np.minimum(a, b).any() else a + b
-        best = np.flatnonzero(score == score.max())
-        place.append(int(best[np.abs(best - (len(score) - 1) / 2).argmin()]))
-    return tuple(place[::-1])
-
-
 def draw(planes, file, caption="", window=SOFT_TISSUE):
-    """Write one picture of several views, side by side.
+    """Write one picture of several views, side by side; the arguments are those of `draw_rows` for one row."""
+    draw_rows([Row(planes, caption)], file, window)
+
+
+def draw_rows(rows, file, window=SOFT_TISSUE):
+    """Write one picture with a row of views for each question, so that kept tokens can be compared.
 
     Args:
-        planes: list of `View`.
+        rows: list of `Row`, all of the same scan. In each row its own kept tokens are outlined strongly, those of
+            the other rows thinly.
         file: path; its suffix decides the format (PNG, JPEG, PDF, SVG).
-        caption: text below the views.
         window: (low, high) in the scan's units, drawn black and white.
     Raises: `ImportError` without matplotlib, `OSError` where the file cannot be written.
     """
     if Figure is None:
         raise ImportError("Drawing needs matplotlib: pip install matplotlib")
-    widths = [plane.pixels.shape[1] * plane.spacing[1] for plane in planes]
-    heights = [plane.pixels.shape[0] * plane.spacing[0] for plane in planes]
-    scale = 14 / sum(widths)  # inches a mm
-    lines = textwrap.wrap(caption, 150, max_lines=CAPTION_LINES, placeholder=" ...")
-    above, below = 0.5, 0.5 + 0.2 * len(lines)  # inches for titles, marks and the caption
-    figure = Figure(figsize=(14, max(heights) * scale + above + below), facecolor="black")
-    axes = figure.subplots(1, len(planes), width_ratios=widths, squeeze=False)[0]
-    for plane, axis, width, height in zip(planes, axes, widths, heights, strict=True):
-        extent = (0, width, height, 0)  # mm, so that a voxel has its true shape
-        axis.imshow(plane.pixels, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="nearest")
-        if plane.kept.any() and not plane.kept.all():
-            closed = np.pad(plane.kept.astype(float), 1)  # outlines close at the scan's border
-            rows = (np.arange(closed.shape[0]) - 0.5) * plane.spacing[0]
-            columns = (np.arange(closed.shape[1]) - 0.5) * plane.spacing[1]
-            axis.contour(columns, rows, closed, [0.5], colors=OUTLINE, linewidths=0.9)
-        axis.set_xlim(-1, width + 1)
-        axis.set_ylim(height + 1, -1)
-        axis.set_axis_off()
-        left, right, top, bottom = plane.sides
-        for x, y, letter, where in (
-            (0.015, 0.5, left, ("left", "center")),
-            (0.985, 0.5, right, ("right", "center")),
-            (0.5, 1.0, top, ("center", "bottom")),  # outside: a thin slab has no room for them
-            (0.5, 0.0, bottom, ("center", "top")),
-        ):
-            text = axis.text(x, y, letter, color="white", fontsize=11, ha=where[0], va=where[1])
-            text.set_transform(axis.transAxes)
-            text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="black")])
-        axis.set_title(plane.name, color="white", fontsize=10, loc="left")
-    figure.text(
-        0.5, 0.1 / figure.get_figheight(), "\n".join(lines), color="white", ha="center", va="bottom", fontsize=11,
-        parse_math=False,  # an answer may hold dollar signs
-    )  # fmt: skip
-    height = figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - above / height, bottom=below / height, wspace=0.03)
+    width, gap, title, mark = 14.0, 0.3, 0.5, 0.3  # inches: figure, between planes, above and below each plane
+    heights, scales, texts = [], [], []
+    for row in rows:
+        wide = sum(plane.pixels.shape[1] * plane.spacing[1] for plane in row.planes)
+        scales.append((width - gap * (len(row.planes) + 1)) / wide)  # inches a mm
+        lines = []
+        for line in row.caption.splitlines():
+            lines += textwrap.wrap(line, 150, max_lines=CAPTION_LINES, placeholder=" ...")
+        tall = max(plane.pixels.shape[0] * plane.spacing[0] for plane in row.planes) * scales[-1]
+        heights.append((tall, 0.2 * len(lines) + 0.2))
+        texts.append("\n".join(lines))
+    total = sum(tall + text + title + mark for tall, text in heights)
+    figure = Figure(figsize=(width, total), facecolor="black")
+    top = total
+    for row, scale, (tall, below), text in zip(rows, scales, heights, texts, strict=True):
+        left = gap
+        for plane in row.planes:
+            w, h = (plane.pixels.shape[i] * plane.spacing[i] * scale for i in (1, 0))
+            bottom = top - title - (tall + h) / 2  # planes stand on one middle line
+            axis = figure.add_axes((left / width, bottom / total, w / width, h / total))
+            _draw_plane(axis, plane, row, row.window or window)
+            left += w + gap
+        top -= title + tall + mark + below
+        colour = OUTLINES[row.number % len(OUTLINES)] if len(rows) > 1 else "white"
+        figure.text(
+            0.5, (top + 0.15) / total, text, color=colour, ha="center", va="bottom", fontsize=11,
+            parse_math=False,  # an answer may hold dollar signs
+        )  # fmt: skip
     figure.savefig(file, dpi=110, facecolor="black")
+
+
+def _draw_plane(axis, plane, row, window):
+    height, width = (n * step for n, step in zip(plane.pixels.shape, plane.spacing, strict=True))
+    extent = (0, width, height, 0)  # mm, so that a voxel has its true shape
+    axis.imshow(
+        plane.pixels, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, interpolation="nearest",
+        aspect="auto",  # the axes have the plane's shape
+    )  # fmt: skip
+    numbers = [number for number in range(len(plane.others) + 1) if number != row.number]
+    for mask, number in zip(plane.others, numbers, strict=True):
+        _outline(axis, mask, plane.spacing, number, 0.7)
+    _outline(axis, plane.kept, plane.spacing, row.number, 1.6)
+    axis.set_xlim(-1, width + 1)
+    axis.set_ylim(height + 1, -1)
+    axis.set_axis_off()
+    left, right, top, bottom = plane.sides
+    for x, y, letter, where in (
+        (0.015, 0.5, left, ("left", "center")),
+        (0.985, 0.5, right, ("right", "center")),
+        (0.5, 1.0, top, ("center", "bottom")),  # outside: a thin slab has no room for them
+        (0.5, 0.0, bottom, ("center", "top")),
+    ):
+        text = axis.text(x, y, letter, color="white", fontsize=11, ha=where[0], va=where[1])
+        text.set_transform(axis.transAxes)
+        text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="black")])
+    axis.set_title(plane.name, color="white", fontsize=10, loc="left")
+
+
+def _outline(axis, mask, spacing, number, strength):
+    """Draws the border of a mask (rows, columns)."""
+    if not mask.any() or mask.all():
+        return
+    closed = np.pad(mask.astype(float), 1)  # outlines close at the scan's border
+    rows = (np.arange(closed.shape[0]) - 0.5) * spacing[0]
+    columns = (np.arange(closed.shape[1]) - 0.5) * spacing[1]
+    axis.contour(columns, rows, closed, [0.5], colors=OUTLINES[number % len(OUTLINES)], linewidths=strength)

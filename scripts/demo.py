@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from photon import overlay  # noqa: E402
-from photon.asking import ask, caption, describe, kept_views  # noqa: E402
+from photon.asking import ask, describe, picture_rows, shown_scans  # noqa: E402
 from photon.loading import load  # noqa: E402
 from photon.phantoms.patient import PhantomConfig, make_patient  # noqa: E402
 
@@ -87,13 +87,14 @@ def main(argv=None):
         print(f"\n{name}")
         for organ in ORGANS:
             question = f"Is there a lesion in the {organ}?"
-            result, inputs, keep_mask = ask(processor, model, [path], question)
+            answer = result, inputs, keep_mask = ask(processor, model, [path], question)
             right = "" if truth is None else f" (right: {'yes' if organ in truth else 'no'})"
             print(textwrap.indent(f"{question}{right}\n{textwrap.indent(describe(result), '  ')}", "  "))
         kept = processor.keep_map(keep_mask, inputs)
         sitk.WriteImage(kept, str(output / f"kept_{number}.nii.gz"), useCompression=True)
-        for views, window in kept_views(processor, inputs, keep_mask, [path]):
-            overlay.draw(views, output / f"overlay_{number}.png", caption(question, result), window)
+        for shown in shown_scans(processor, [path], [answer]):
+            rows = picture_rows(shown, [question], [result])
+            overlay.draw_rows(rows, output / f"overlay_{number}.png", shown.window)
     print(
         f"\nScans, pictures and maps of the kept tokens are in {output.name}/. The model at this root is tiny and has "
         "learnt phantoms only; about a patient its answers mean nothing."

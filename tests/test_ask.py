@@ -11,7 +11,7 @@ from PIL import Image
 
 import ask
 from conftest import ROOT, SETTINGS, TOKENS, run_fresh
-from photon import asking, overlay
+from photon import asking, overlay, planes
 from photon.loading import load
 
 QUESTION = "Is there a lesion in the liver?"
@@ -206,6 +206,9 @@ def test_a_budget_above_what_there_is(capsys, scan):
     (["SCAN", "q", "--dense", "--token-budget", "3"], "exclude each other"),
     (["SCAN", "q", "--overlay", "a.bmp"], "suffixes"),
     (["SCAN", "q", "--keep-map", "a.png"], "suffixes"),
+    (["SCAN", "q", "--html", "a.png"], "--html needs one of the suffixes"),
+    (["SCAN", "q", "--compare", " "], "question is empty"),
+    (["--inspect", "SCAN", "--compare", "q"], "leave out --compare"),
     (["SCAN", "q", "--overlay", "no/such/folder/a.png"], "does not exist"),
     (["SCAN", "q", "--overlay", "FOLDER.png"], "names a folder"),
     (["SCAN", "SCAN"], "then the question"),  # the question was forgotten, and must not become a caption
@@ -265,11 +268,87 @@ def test_views_are_upright(stored):
     assert (axial.spacing, coronal.spacing, sagittal.spacing) == ((3.0, 2.0), (5.0, 2.0), (5.0, 3.0))
 
 
-def test_planes_go_where_there_is_something_to_see():
-    kept = np.zeros((9, 11, 13), bool)
-    dropped = np.zeros_like(kept)
-    kept[2, 3, 4] = dropped[2, 3, 5] = dropped[2, 4, 4] = dropped[3, 3, 4] = True
-    assert overlay.telling_planes(kept, dropped) == (4, 3, 2)
+def torso(spacing=(3.0, 4.0, 5.0)):
+    """A body of water with two lungs and a spine, in air; array (z, y, x) in LPS."""
+    array = np.full((24, 36, 50), -1000, np.int16)
+    array[:, 6:30, 5:45] = 30
+    array[10:20, 9:24, 9:21] = -800  # the patient's right
+    array[10:20, 9:24, 29:41] = -800
+    array[:, 24:28, 23:27] = 500
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    return image
+
+
+def kept_image(like, *boxes):
+    array = np.zeros(like.GetSize()[::-1], np.uint8)
+    for box in boxes:
+        array[box] = 1
+    image = sitk.GetImageFromArray(array)
+    image.CopyInformation(like)
+    return image
+
+
+@pytest.mark.parametrize("stored", ["LPS", "RAI", "SPL"])
+def test_planes_go_where_the_question_is(stored):
+    """Both lungs, the spine and air outside were kept; the words of the question choose among them."""
+    scan = torso()
+    kept = kept_image(scan, np.s_[8:22, 9:24, 5:45], np.s_[0:4, 0:36, 0:50])
+    turned = [sitk.DICOMOrient(image, stored) for image in (scan, kept)]
+    values = sitk.GetArrayViewFromImage(scan)
+    for question, low, high, side in [
+        ("Is there a lesion in the right lung?", -980, -500, 1),
+        ("Is there a lesion in the left lung?", -980, -500, -1),
+        ("Is there emphysema?", -980, -500, 0),
+        ("Is there a lesion on the right?", -1000, 4000, 1),
+    ]:
+        (x, y, z), reason = planes.choose_planes(*turned, question, ct=True)
+        assert low <= values[z, y, x] <= high and reason.startswith("planes through the middle of what was kept")
+        assert sitk.GetArrayViewFromImage(kept)[z, y, x]
+        assert side * (25 - x) >= 0 and 10 <= z < 20
+    no_bone = kept_image(scan, np.s_[8:22, 9:24, 5:45])
+    (x, y, z), reason = planes.choose_planes(scan, no_bone, "A fracture of the left rib?", ct=True)
+    assert "nothing of it in bone" in reason and x >= 25  # none was kept there, and the caption tells
+    (x, y, z), reason = planes.choose_planes(turned[0], None, "Any fracture of a vertebra?", ct=True)
+    assert values[z, y, x] == 500 and "body in bone" in reason
+    assert "lung" not in planes.choose_planes(*turned, "the lung?", ct=False)[1]  # MR has no HU
+
+
+def test_planes_of_a_crowd_and_of_nothing():
+    scan = torso()
+    crowd = kept_image(scan, np.s_[3:9, 10:16, 30:36], np.s_[18, 20, 10])
+    (x, y, z), _ = planes.choose_planes(scan, crowd, "Is there a cyst?", ct=True)
+    assert 30 <= x < 36 and 10 <= y < 16 and 3 <= z < 9
+    full = kept_image(scan, np.s_[:])
+    assert planes.choose_planes(scan, full, "")[1] == planes.choose_planes(scan, None, "")[1]
+
+
+def test_the_window_shows_what_the_question_names():
+    assert planes.question_window("Is there a nodule in the right lung?", True) == (-1350.0, 150.0)
+    assert planes.question_window("Is there a nodule in the right lung?", False) is None
+    assert planes.question_window("Lung or bone?", True) is None
+    assert planes.question_window("Is there a lesion in the liver?", True) is None
+
+
+def test_a_picture_compares_questions(capsys, scan, tmp_path):
+    other = "Is there a lesion in the right lung?"
+    out = run(capsys, scan, QUESTION, "--compare", other, "--json", "--keep-ratio", 0.2, "--max-new-tokens", 2,
+              "--overlay", tmp_path / "both.png")  # fmt: skip
+    result = json.loads(out)
+    (second,) = result["compared"]
+    assert second["question"] == other and second["tokens_kept"] == result["tokens_kept"] and 0 <= second["shared"] < 1
+    run(capsys, scan, QUESTION, "--keep-ratio", 0.2, "--max-new-tokens", 2, "--overlay", tmp_path / "one.png")
+    both, one = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("both", "one"))
+    assert both.shape[0] > 1.6 * one.shape[0] and both.shape[1] == one.shape[1]
+    blue = np.array([0x4C, 0xC9, 0xF0])
+    assert (np.abs(both.astype(int) - blue).sum(-1) < 30).any() and not (np.abs(one - blue).sum(-1) < 30).any()
+    assert "kept for both" in run(capsys, scan, QUESTION, "--compare", other, "--max-new-tokens", 1)
+
+
+def test_overlap_counts_tokens():
+    first, second = torch.tensor([[True, True, False, False]]), torch.tensor([[False, True, True, False]])
+    assert asking.overlap(first, second) == 1 / 3 and asking.overlap(first, first) == 1.0
+    assert asking.overlap(first & False, first & False) == 1.0
 
 
 def test_a_caption_is_drawn_as_it_is(tmp_path):
