@@ -63,6 +63,10 @@ class VolumeStore:
         try:
             save_file({"patches": stored}, partial, metadata={"geometry": json.dumps(geometry)})
             os.replace(partial, self.folder / f"{key}.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"A preprocessed scan could not be written to cache_dir; is the disk full? ({error})"
+            ) from error
         finally:
             Path(partial).unlink(missing_ok=True)
         return stored.astype(np.float32)

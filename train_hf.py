@@ -17,6 +17,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
+from photon.console import one_line_faults
 from photon.training.arguments import parse
 from photon.training.batches import Collator
 from photon.training.data import check_files, check_rows, load_rows
@@ -53,9 +54,10 @@ def load_data(data_args, args, processor, losses, without_decoder=False):
     return train, evaluation
 
 
-def main(argv=None):
+def train(argv):
+    """Trains as the arguments say. Returns the trainer."""
     # --- Args
-    parsed = parse(sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0])
+    parsed = parse(argv, __doc__.split("\n")[0])
     model_args, data_args, loss_args, args = parsed
     push_to_hub, args.push_to_hub = args.push_to_hub, False  # the final folder alone
     set_seed(args.seed)
@@ -67,8 +69,8 @@ def main(argv=None):
 
     # --- Data
     with args.main_process_first(desc="reading rows"):
-        train, evaluation = load_data(data_args, args, processor, losses, without_decoder)
-    run = run_settings(*parsed, train)
+        rows, evaluation = load_data(data_args, args, processor, losses, without_decoder)
+    run = run_settings(*parsed, rows)
     checkpoint = [claim_folder(args.output_dir, run, args.resume) if args.process_index == 0 else None]
     checkpoint = broadcast_object_list(checkpoint)[0] if args.world_size > 1 else checkpoint[0]
     if checkpoint is not None:
@@ -79,7 +81,7 @@ def main(argv=None):
     trainer = PhotonTrainer(
         model=model,
         args=args,
-        train_dataset=train,
+        train_dataset=rows,
         eval_dataset=evaluation,
         data_collator=Collator(**collator, losses=losses),
         processing_class=processor,
@@ -92,7 +94,7 @@ def main(argv=None):
     if trainer.is_world_process_zero():
         counts = ", ".join(f"{group} {count:,}" for group, count in trained_counts(model).items())
         weights = ", ".join(f"{name} {weight:g}" for name, weight in loss_weights(model.config, losses).items())
-        print(f"{len(train)} rows; parameters that train: {counts}; weights of losses: {weights}", file=sys.stderr)
+        print(f"{len(rows)} rows; parameters that train: {counts}; weights of losses: {weights}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=checkpoint)
     if evaluation is not None:
         trainer.save_metrics("eval", trainer.evaluate())
@@ -102,6 +104,13 @@ def main(argv=None):
     if push_to_hub and trainer.is_world_process_zero():
         push(result, args)
     return trainer
+
+
+def main(argv=None):
+    out_of_memory = "Out of memory. Lower --per-device-train-batch-size, or add --gradient-checkpointing or --lora."
+    interrupted = "Stopped. Run the same command again with --resume to go on from the last checkpoint."
+    with one_line_faults(out_of_memory, interrupted):
+        train(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

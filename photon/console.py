@@ -1,5 +1,6 @@
 """How commands report to a person: one line for each warning and each fault."""
 
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ def print_warning(message, *where):
 
 
 @contextmanager
-def one_line_faults(out_of_memory="Out of memory."):
+def one_line_faults(out_of_memory="Out of memory.", interrupted="Stopped."):
     """Turns a fault of the input or of the machine into one line and exit code 2, around a command's body.
 
     A list of faults (`RowError`, `RunError`) keeps its lines. out_of_memory: the line for a GPU that is full.
+    interrupted: the line after Ctrl-C, with exit code 130.
     """
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -28,14 +30,21 @@ def one_line_faults(out_of_memory="Out of memory."):
         with warnings.catch_warnings():
             warnings.showwarning = print_warning
             yield
+    except KeyboardInterrupt:
+        raise _exit(interrupted, 130) from None
     except (RowError, RunError) as error:
-        raise _exit(str(error)) from None
+        raise _exit(_without_worker(str(error))) from None
     except torch.OutOfMemoryError:
         raise _exit(out_of_memory) from None
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        raise _exit(" ".join(str(error).split()) or "Out of memory.") from None
+        raise _exit(" ".join(_without_worker(str(error)).split()) or "Out of memory.") from None
 
 
-def _exit(text):
+def _without_worker(text):
+    """The fault alone, where a worker process of the data loader has put its traceback in front."""
+    return re.sub(r"^Caught \w+ in DataLoader worker process.*\n[\w.]*Error: ", "", text, flags=re.DOTALL)
+
+
+def _exit(text, code=2):
     print(text, file=sys.stderr)
-    return SystemExit(2)
+    return SystemExit(code)

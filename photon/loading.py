@@ -26,7 +26,7 @@ from photon.modeling_photon import PhotonForConditionalGeneration, PhotonModel
 from photon.processing_photon import PhotonProcessor, PhotonVolumeProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
-HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ADAPTED_CONFIG = "photon_config.json"  # beside adapters: a file config.json would make them look like a whole model
 CHAT_TOKENS = {
     "im_start_token_id": "<|im_start|>",

@@ -15,13 +15,14 @@ class RunError(ValueError):
     """A run that cannot start or go on as asked."""
 
 
-def open_run(folder, settings, *, begun, resume=None, option="--output", file=RUN_FILE):
+def open_run(folder, settings, *, begun, resume=None, extend=(), option="--output", file=RUN_FILE):
     """Makes a folder the folder of one run, or finds that run in it. Returns whether the run has begun there.
 
     Args:
         settings: dict of what makes the run what it is, as JSON takes it; becomes run.json.
         begun: whether the folder holds anything that a run has made. If not, an earlier run.json is replaced.
         resume: True: the run must have begun; False: it must not have; None: either.
+        extend: names of settings whose numbers may grow when the run goes on; the file then gets the new ones.
         option: the command's argument that names the folder, for messages.
         file: name of the file of settings.
     Raises: `RunError` where the folder holds another run (it lists what differs), or what `resume` excludes.
@@ -40,14 +41,21 @@ def open_run(folder, settings, *, begun, resume=None, option="--output", file=RU
     differences = [
         f"{name}: {held.get(name)!r} there, {settings.get(name)!r} now"
         for name in sorted(held.keys() | settings.keys())
-        if held.get(name) != settings.get(name)
+        if held.get(name) != settings.get(name) and not (name in extend and _grows(held.get(name), settings.get(name)))
     ]
     if differences:
         message = f"The folder of {option} holds another run; choose another folder. What differs:"
         raise RunError("\n  ".join([message, *differences]))
     if resume is False:
         raise RunError(f"The folder of {option} holds this run already. Add --resume, or choose another folder.")
+    if held != settings:
+        write_whole(stamp, json.dumps(settings, indent=2) + "\n")
     return True
+
+
+def _grows(before, now):
+    numbers = all(isinstance(value, int | float) and value > 0 for value in (before, now))
+    return numbers and now > before
 
 
 def write_whole(file, text):

@@ -11,9 +11,7 @@ TRAIN=${1:?name the .jsonl of training}
 VAL=${2:?name the .jsonl of validation}
 OUTPUT=${3:-stage2-full}
 MODEL=${MODEL:-stage1/final}
-CACHE=${CACHE:-cache}
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-PYTHON=${PYTHON:-.venv/bin/python}
+. runs/lib/machine.sh
 
 "$PYTHON" -m torch.distributed.run --nnodes "${NODES:?how many machines}" --nproc-per-node "$GPUS" \
   --rdzv-backend c10d --rdzv-endpoint "${HEAD:?name the first machine}:29500" --rdzv-id photon \

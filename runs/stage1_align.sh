@@ -11,9 +11,7 @@ cd "$(dirname "$0")/.."
 DATA=${1:?name the .jsonl of the data}
 OUTPUT=${2:-stage1}
 MODEL=${MODEL:-photon-3b-start}
-CACHE=${CACHE:-cache}
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-PYTHON=${PYTHON:-.venv/bin/python}
+. runs/lib/machine.sh
 
 # from Qwen's weights: 2D patch embedding inflated to 3D, a scheduler that keeps nearly everything
 [ -d "$MODEL" ] || "$PYTHON" convert_photon.py --qwen Qwen/Qwen2.5-VL-3B-Instruct --output "$MODEL"

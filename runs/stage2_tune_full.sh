@@ -12,9 +12,7 @@ TRAIN=${1:?name the .jsonl of training}
 VAL=${2:?name the .jsonl of validation}
 OUTPUT=${3:-stage2-full}
 MODEL=${MODEL:-stage1/final}
-CACHE=${CACHE:-cache}
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-PYTHON=${PYTHON:-.venv/bin/python}
+. runs/lib/machine.sh
 
 "$PYTHON" -m accelerate.commands.launch --config_file configs/fsdp2.yaml --num_processes "$GPUS" \
   train_hf.py configs/recipe_tune_full.yaml \

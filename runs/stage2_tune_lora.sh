@@ -11,9 +11,7 @@ TRAIN=${1:?name the .jsonl of training}
 VAL=${2:?name the .jsonl of validation}
 OUTPUT=${3:-stage2-lora}
 MODEL=${MODEL:-stage1/final}
-CACHE=${CACHE:-cache}
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-PYTHON=${PYTHON:-.venv/bin/python}
+. runs/lib/machine.sh
 
 "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS" train_hf.py configs/recipe_tune_lora.yaml \
   --model "$MODEL" --train-data "$TRAIN" --eval-data "$VAL" --cache-dir "$CACHE" --output-dir "$OUTPUT"

@@ -93,10 +93,14 @@ def phases(state, path):
         axes[0].plot(steps, [line["evidence_loss"] for line in lines], label="evidence")
     axes[0].set(ylabel="loss")
     axes[0].legend()
-    some = [line for line in lines if "kept" in line]
+    some = [line for line in lines if "kept" in line or "would_keep" in line]
     at = [line["step"] for line in some]
-    axes[1].fill_between(at, [r["kept_min"] for r in some], [r["kept_max"] for r in some], color="0.85")
-    axes[1].plot(at, [r["kept"] for r in some], color="C2")
+
+    def kept(suffix=""):
+        return [line.get("kept" + suffix, line.get("would_keep" + suffix)) for line in some]
+
+    axes[1].fill_between(at, kept("_min"), kept("_max"), color="0.85")
+    axes[1].plot(at, kept(), color="C2")
     axes[1].set(ylabel="share kept", ylim=(0, 1.02))
     axes[2].plot(at, [r["threshold"] for r in some], color="C4")
     axes[2].set(ylabel="threshold", xlabel="optimiser step")
@@ -105,7 +109,7 @@ def phases(state, path):
         for step, _ in changes:
             axis.axvline(step, color="0.4", linestyle=":")
     for step, phase in changes:
-        axes[1].text(step, 0.9, " " + ("dense", "soft", "hard")[int(phase)])
+        axes[1].text(step, 0.9, f" {phase}")
     figure.savefig(path, dpi=110)
 
 

@@ -70,6 +70,11 @@ def test_a_folder_holds_one_run(tmp_path):
     with pytest.raises(RunError) as caught:
         open_run(folder, other, begun=True, resume=True)
     assert str(caught.value).split("\n  ")[1:] == ["seed: None there, 0 now", "steps: 3 there, 4 now"]
+    assert open_run(folder, settings | {"steps": 5}, begun=True, resume=True, extend=("steps",))
+    assert json.loads((folder / "run.json").read_text())["steps"] == 5
+    for fewer in (4, -1, None):
+        with pytest.raises(RunError, match="steps: 5 there"):
+            open_run(folder, settings | {"steps": fewer}, begun=True, extend=("steps",))
     (folder / "run.json").unlink()
     with pytest.raises(RunError, match="not empty and holds no run.json"):
         open_run(folder, settings, begun=True)

@@ -10,14 +10,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_training_data import GRID, SPACING, say, write_rows
 from test_training_data import ask as question_about
@@ -42,7 +45,8 @@ from photon.training.phases import Phases
 from photon.training.trainer import score
 
 PATCH = "model.visual.patch_embed.proj.weight"
-TERMS = ("loss", "lm_loss", "band_loss", "kept", "kept_min", "kept_max", "threshold", "robust_rows", "flip_rows")
+KEPT = ("kept", "kept_min", "kept_max", "would_keep", "would_keep_min", "would_keep_max")
+TERMS = ("loss", "lm_loss", "band_loss", *KEPT, "threshold", "robust_rows", "flip_rows")
 PHASES = ["--soft-start", "2", "--hard-start", "4", "--flip-start", "5"]
 HARD = ["--soft-start", "0", "--hard-start", "0", "--flip-start", "0"]
 MIXED = ["--photon", "robust_probability=0.3", "flip_probability=0.5"]
@@ -146,6 +150,8 @@ def logged(trainer, names=TERMS):
 def assert_equal_logs(found, wanted, rel=1e-4):
     assert len(found) == len(wanted) > 0
     for a, b in zip(found, wanted, strict=True):
+        a, b = dict(a), dict(b)
+        assert a.pop("phase", None) == b.pop("phase", None)
         assert a == pytest.approx(b, rel=rel, abs=1e-5)
 
 
@@ -167,7 +173,7 @@ def test_a_step_changes_what_the_stage_names_and_nothing_else(arguments, model, 
 
     monkeypatch.setattr(train_hf, "trained_model", remember)
     # two steps: the first leaves LoRA's A as it is, since B is zero
-    trainer = train_hf.main(arguments("run", *more, stage=stage))
+    trainer = train_hf.train(arguments("run", *more, stage=stage))
     after = dict(trainer.model.named_parameters())
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -190,7 +196,7 @@ def test_a_step_changes_what_the_stage_names_and_nothing_else(arguments, model, 
 def test_each_part_has_its_own_learning_rate(arguments):
     rates = {"vision": 0.25, "aligner": 0.5, "scheduler": 0.125}
     more = [part for name, rate in rates.items() for part in (f"--{name}-learning-rate", rate)]
-    trainer = train_hf.main(arguments("run", *more, "--optim", "sgd", "--lr-scheduler-type", "constant", steps=1))
+    trainer = train_hf.train(arguments("run", *more, "--optim", "sgd", "--lr-scheduler-type", "constant", steps=1))
     seen = {}
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
@@ -219,7 +225,7 @@ def test_muon_trains_the_matrices_of_the_layers_alone(arguments, model):
         "--max-grad-norm",
         0,
     ]
-    steps = [train_hf.main(arguments(f"run{n}", *rates, stage="dense", steps=n)) for n in (1, 2)]
+    steps = [train_hf.train(arguments(f"run{n}", *rates, stage="dense", steps=n)) for n in (1, 2)]
     start = {k: v.float() for k, v in load_file(model / "model.safetensors").items()}
     first, second = (dict(trainer.model.named_parameters()) for trainer in steps)
     groups = {id(p): g["name"] for g in steps[0].optimizer.param_groups for p in g["params"]}
@@ -243,20 +249,34 @@ def test_muon_trains_the_matrices_of_the_layers_alone(arguments, model):
 
 
 def test_phases_are_steps_or_shares_of_the_run():
-    class Config:
-        soft_start_step, hard_start_step, flip_start_step = 10, 20, 30
+    def phases(soft=None, hard=None, flip=None, steps=100):
+        return Phases.of(SimpleNamespace(soft_start=soft, hard_start=hard, flip_start=flip), steps)
 
-    class Args:
-        soft_start, hard_start, flip_start = None, None, None
-
-    assert [Phases.of(Config, Args, 100).at(step) for step in (0, 9, 10, 19, 20, 99)] == [
+    assert phases(steps=32_000) == Phases(4000, 8000, 9000)  # the release's run
+    assert [phases(10, 20, 30).at(step) for step in (0, 9, 10, 19, 20, 99)] == [
         "dense", "dense", "soft", "soft", "hard", "hard"
     ]  # fmt: skip
-    Args.soft_start, Args.hard_start, Args.flip_start = 0.25, 40, 0.5
-    assert Phases.of(Config, Args, 100) == Phases(25, 40, 50)
-    Args.hard_start = 60
+    assert phases(0.25, 40, 0.5) == Phases(25, 40, 50)
+    assert phases(hard=0.05) == Phases(5, 5, 28) and phases(soft=60) == Phases(60, 60, 60)
+    assert phases(hard=0) == Phases(0, 0, 28)
     with pytest.raises(ValueError, match=r"\[25, 60, 50\]"):
-        Phases.of(Config, Args, 100)
+        phases(0.25, 60, 0.5)
+
+
+def test_a_short_run_deletes_tokens_or_warns(arguments, capsys):
+    """The model's config names steps of its own training, which a short run would never reach."""
+    more = ["--photon", "robust_probability=0"]
+    log = train_hf.train(arguments("run", *more, steps=5)).state.log_history
+    lines = [line for line in log if "loss" in line]
+    assert [line["phase"] for line in lines] == ["dense", "hard", "hard", "hard", "hard"]
+    assert "would_keep" in lines[0] and "kept" not in lines[0] and "would_keep" not in lines[-1]
+    assert all(0 < line["kept"] < 1 for line in lines[1:])
+    assert "hard (tokens deleted) from 1, flipped rows from 1; the run has 5 steps" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="ends at step 2, before its hard phase .step 4.*never deletes a token"):
+        train_hf.train(arguments("soft", "--soft-start", "1", "--hard-start", "4", steps=2))
+    with pytest.raises(SystemExit):
+        parse(arguments("no", "--photon", "hard_start_step=3"))
+    assert "Set --soft-start, --hard-start and --flip-start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lora", [
@@ -265,20 +285,41 @@ def test_phases_are_steps_or_shares_of_the_run():
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(arguments, tmp_path, lora):
     """Stopped within the dense, the soft and the hard phase, and after the first flips."""
     more = [*PHASES, *MIXED, *lora, "--save-strategy", "steps", "--save-steps", "1"]
-    whole = train_hf.main(arguments("whole", *more, steps=7))
-    wanted = logged(whole, (*TERMS, "grad_norm", "learning_rate", "phase"))
-    assert [line["phase"] for line in wanted] == [0, 0, 1, 1, 2, 2, 2]
+    whole = train_hf.train(arguments("whole", *more, steps=7))
+    names = (*TERMS, "grad_norm", "learning_rate", "phase")
+    wanted = logged(whole, names)
+    assert [line["phase"] for line in wanted] == ["dense"] * 2 + ["soft"] * 2 + ["hard"] * 3
     assert sum(line["flip_rows"] for line in wanted) > 0 < sum(line["robust_rows"] for line in wanted)
     for step in (1, 3, 4, 6) if not lora else (3, 5):
         folder = tmp_path / f"stopped{step}"
         folder.mkdir()
         shutil.copy(tmp_path / "whole" / "run.json", folder)
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        resumed = train_hf.main(arguments(folder.name, *more, "--resume", steps=7))
-        assert_equal_logs(logged(resumed, tuple(wanted[0]))[step:], wanted[step:], rel=1e-5)
+        resumed = train_hf.train(arguments(folder.name, *more, "--resume", steps=7))
+        assert_equal_logs(logged(resumed, names)[step:], wanted[step:], rel=1e-5)
     config = json.loads((tmp_path / "whole" / "checkpoint-7" / "config.json").read_text()) if not lora else None
     if config:
         assert [config[f"{name}_start_step"] for name in ("soft", "hard", "flip")] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
+def test_a_finished_run_stays_or_is_extended(arguments, tmp_path, lora):
+    """Eight rows in batches of three make epochs of three steps; two steps end within the first one."""
+    more = [*lora, "--save-strategy", "steps", "--save-steps", "1", "--lr-scheduler-type", "constant", *MIXED]
+    shares = ["--soft-start", "0.5", "--hard-start", "0.5", "--flip-start", "0.5"]  # steps 1, and 2 in a run of four
+    finished = train_hf.train(arguments("run", *more, *shares, steps=2))
+    weights = {name: parameter.clone() for name, parameter in finished.model.named_parameters()}
+    again = train_hf.train(arguments("run", *more, *shares, "--resume", steps=2))
+    assert again.state.global_step == 2
+    for name, parameter in again.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    longer = train_hf.train(arguments("run", *more, *shares, "--resume", steps=4))
+    steps = ["--soft-start", "1", "--hard-start", "1", "--flip-start", "1"]
+    whole = train_hf.train(arguments("whole", *more, *steps, steps=4))
+    assert_equal_logs(logged(longer, (*TERMS, "phase"))[2:], logged(whole, (*TERMS, "phase"))[2:], rel=1e-5)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["max_steps"] == 4
+    with pytest.raises(ValueError, match="max_steps: 4 there, 3 now"):
+        train_hf.train(arguments("run", *more, *shares, "--resume", steps=3))
 
 
 def test_small_batches_add_up_to_a_large_one(arguments):
@@ -299,13 +340,13 @@ def test_small_batches_add_up_to_a_large_one(arguments):
     one = ["--per-device-train-batch-size", "4"]
     four = ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "4"]
     terms = (*TERMS, "token_loss", "evidence_loss", "grad_norm")
-    logs = [logged(train_hf.main(arguments(name, *more, *how, steps=7)), terms)
+    logs = [logged(train_hf.train(arguments(name, *more, *how, steps=7)), terms)
             for name, how in (("one", one), ("four", four))]  # fmt: skip
     assert_equal_logs(*logs)
     for line in logs[0]:
         terms = line["lm_loss"] + line["band_loss"] + line["token_loss"] + 0.5 * line["evidence_loss"]
         assert line["loss"] == pytest.approx(terms, rel=1e-3) and line["evidence_loss"] > 0
-    assert len({line["kept_min"] for line in logs[0]}) > 2
+    assert len({line.get("kept_min", line.get("would_keep_min")) for line in logs[0]}) > 2
     assert sum(line["flip_rows"] for line in logs[0]) > 0 < sum(line["robust_rows"] for line in logs[0])
     assert any(line["band_loss"] > 0 for line in logs[0])
 
@@ -313,10 +354,10 @@ def test_small_batches_add_up_to_a_large_one(arguments):
 def test_token_labels_alone_leave_the_decoder_out(arguments, model, monkeypatch):
     names = (*TERMS, "token_loss")
     labels = ["--token-labels", "--token-label-classes", "3", "--parts", "vision", "aligner"]
-    with_answers = train_hf.main(arguments("answers", *labels, stage="dense", steps=1, file="scans.jsonl"))
+    with_answers = train_hf.train(arguments("answers", *labels, stage="dense", steps=1, file="scans.jsonl"))
     decoder = PhotonTextModel
     monkeypatch.setattr(decoder, "forward", lambda *args, **kwargs: pytest.fail("the decoder ran"))
-    trainer = train_hf.main(
+    trainer = train_hf.train(
         arguments("alone", *labels, "--token-labels-alone", stage="dense", steps=2, file="scans.jsonl")
     )
     first = logged(trainer, names)[0]
@@ -387,7 +428,7 @@ def test_packed_questions_equal_single_ones(arguments, model, monkeypatch, more)
     monkeypatch.setattr(photon_trainer, "pack_questions", watched)
     options = ["--optim", "sgd", "--per-device-train-batch-size", 8, "--max-grad-norm", 0, *more]
     for name, packing in (("single", []), ("packed", ["--pack-questions"])):
-        trainer = train_hf.main(arguments(name, *options, *packing, stage="dense"))
+        trainer = train_hf.train(arguments(name, *options, *packing, stage="dense"))
         runs[name] = logged(trainer), {k: v.detach() for k, v in trainer.model.named_parameters()}
     for (rows, _), (packed, _) in lengths:
         assert rows == 8 and packed == 7  # two questions on scan 0 alone; texts stand alone
@@ -416,7 +457,7 @@ def test_two_ranks_one_with_text_alone_equal_one_process(arguments, tmp_path, mo
             "--eval-max-new-tokens", "2", "--per-device-eval-batch-size", "3"]  # fmt: skip
     many = arguments("many", *more, "--per-device-train-batch-size", "1", file="two.jsonl")
     launch([str(ROOT / "train_hf.py"), *many])
-    train_hf.main(arguments("one", *more, "--per-device-train-batch-size", "2", file="two.jsonl"))
+    train_hf.train(arguments("one", *more, "--per-device-train-batch-size", "2", file="two.jsonl"))
     evaluated = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("many", "one")]
     for results in evaluated:
         assert results.pop("eval_runtime") > 0 and results["eval_rows"] == 8 and 0 < results["eval_kept"] < 1
@@ -520,7 +561,7 @@ with torch.no_grad():
 
 def test_the_final_folder_gives_the_same_in_a_fresh_process(arguments, tmp_path, inputs):
     more = ["--token-labels", "--token-label-classes", "3", *HARD]
-    trainer = train_hf.main(arguments("run", *more))
+    trainer = train_hf.train(arguments("run", *more))
     final = tmp_path / "run" / "final"
     assert not any("token_head" in name for name in load_file(final / "model.safetensors"))
     assert not (final / "training_args.bin").exists() and (final / "pipeline_photon.py").exists()
@@ -535,7 +576,7 @@ def test_merged_adapters_equal_unmerged_ones(arguments, tmp_path, model, inputs,
     """`--model` is a path from the current folder; final and adapter are loaded from another one."""
     monkeypatch.chdir(model.parent)
     command = [model.name if part == str(model) else part for part in arguments("run", "--lora", *HARD, steps=3)]
-    trainer = train_hf.main(command)
+    trainer = train_hf.train(command)
     wanted = logits_of(trainer.model, inputs)
     monkeypatch.chdir(tmp_path)
     merged, adapter = tmp_path / "run" / "final", tmp_path / "run" / "adapter"
@@ -570,7 +611,7 @@ with torch.no_grad():
 
 def test_every_command_takes_adapters(arguments, data, tmp_path, model, inputs, capsys, monkeypatch):
     """A model trained dense: the base, which has the scheduler on, does not know; and the card's code works."""
-    trainer = train_hf.main(arguments("run", "--lora", "--merge-lora", "false", stage="dense"))
+    trainer = train_hf.train(arguments("run", "--lora", "--merge-lora", "false", stage="dense"))
     wanted, adapter = logits_of(trainer.model, inputs), tmp_path / "run" / "adapter"
     assert not (tmp_path / "run" / "final").exists()
     save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "batch.safetensors")
@@ -589,12 +630,12 @@ def test_every_command_takes_adapters(arguments, data, tmp_path, model, inputs, 
     evaluate_hf.main([*evaluation, "--device", "cpu", "--output", str(tmp_path / "evaluated")])
     first = json.loads((tmp_path / "evaluated" / "run.json").read_text())["model"]
     assert " on " in first
-    again = train_hf.main([str(adapter) if part == str(model) else part for part in arguments("more", stage="align")])
+    again = train_hf.train([str(adapter) if part == str(model) else part for part in arguments("more", stage="align")])
     for name, weight in load_file(tmp_path / "more" / "final" / "model.safetensors").items():
         assert (name == PATCH) != torch.equal(weight, loaded.state_dict()[name].float()), name
     assert again.model.config.use_scheduler is False
     with pytest.raises(ValueError, match="Give the merged model"):
-        train_hf.main([str(adapter) if part == str(model) else part for part in arguments("no", "--lora")])
+        train_hf.train([str(adapter) if part == str(model) else part for part in arguments("no", "--lora")])
     settings = json.loads((adapter / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(tmp_path / "moved")
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
@@ -605,18 +646,18 @@ def test_every_command_takes_adapters(arguments, data, tmp_path, model, inputs, 
 def test_a_final_folder_holds_one_thing(arguments, tmp_path, inputs):
     """Adapters, then the same run resumed and merged: they were applied twice, once merged and once from files."""
     more = ["--lora", "--save-strategy", "steps", "--save-steps", "1", *HARD]
-    trainer = train_hf.main(arguments("run", *more, "--merge-lora", "false"))
+    trainer = train_hf.train(arguments("run", *more, "--merge-lora", "false"))
     wanted, final = logits_of(trainer.model, inputs), tmp_path / "run" / "final"
     shutil.copytree(tmp_path / "run" / "adapter", final)  # as an earlier version left it
-    train_hf.main(arguments("run", *more, "--resume", "--merge-lora", "true"))
+    train_hf.train(arguments("run", *more, "--resume", "--merge-lora", "true"))
     assert not list(final.glob("adapter*")) and not (tmp_path / "run" / "final.partial").exists()
     loaded = AutoModelForImageTextToText.from_pretrained(final, trust_remote_code=True, dtype=torch.float32)
     torch.testing.assert_close(logits_of(loaded, inputs), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_trained_dense_answers_from_all_tokens_unless_told(arguments, tmp_path, inputs):
-    train_hf.main(arguments("dense", stage="dense", steps=1))
-    train_hf.main(arguments("tune", *HARD, steps=1))
+    train_hf.train(arguments("dense", stage="dense", steps=1))
+    train_hf.train(arguments("tune", *HARD, steps=1))
     dense, tuned = (
         AutoModelForImageTextToText.from_pretrained(tmp_path / name / "final", trust_remote_code=True)
         for name in ("dense", "tune")
@@ -630,7 +671,7 @@ def test_a_model_trained_dense_answers_from_all_tokens_unless_told(arguments, tm
 
 
 def test_weights_are_saved_in_the_type_that_they_came_in(arguments, tmp_path):
-    train_hf.main(arguments("run", "--save-dtype", "bfloat16", stage="align", steps=1))
+    train_hf.train(arguments("run", "--save-dtype", "bfloat16", stage="align", steps=1))
     final = tmp_path / "run" / "final"
     assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
@@ -642,7 +683,7 @@ def test_weights_are_saved_in_the_type_that_they_came_in(arguments, tmp_path):
 def test_evaluation_counts_what_the_model_writes_from_the_prompt_alone(arguments, data, tmp_path):
     more = ["--eval-data", data / "train.jsonl", "--eval-strategy", "steps", "--eval-steps", "1", *HARD,
             "--per-device-eval-batch-size", "3", "--eval-max-new-tokens", "5", "--learning-rate", "0"]  # fmt: skip
-    trainer = train_hf.main(arguments("run", *more, steps=1))
+    trainer = train_hf.train(arguments("run", *more, steps=1))
     rows, processor = trainer.eval_dataset, trainer.processing_class
     written, kept = [], []
     for row in rows:
@@ -686,7 +727,7 @@ def test_the_final_folder_alone_goes_to_the_hub(arguments, tmp_path, monkeypatch
 
     monkeypatch.setattr(saving, "HfApi", Hub)
     more = ["--push-to-hub", "--hub-model-id", "tiny", "--hub-private-repo", "true", "--hub-token", "t"]
-    train_hf.main(arguments("run", *more, stage="align", steps=1))
+    train_hf.train(arguments("run", *more, stage="align", steps=1))
     assert calls[:2] == ["t", ("tiny", True)] and calls[2][:2] == ("someone/tiny", tmp_path / "run" / "final")
     assert {"config.json", "processor_config.json"} <= set(calls[2][2]) and len(calls) == 3
 
@@ -708,34 +749,34 @@ def test_score_by_task():
 def test_a_folder_that_holds_another_run_is_refused(arguments, tmp_path, model):
     more = ["--save-strategy", "steps", "--save-steps", "1"]
     with pytest.raises(ValueError, match="no run to resume"):
-        train_hf.main(arguments("run", *more, "--resume", stage="align", steps=1))
-    train_hf.main(arguments("run", *more, stage="align", steps=1))
+        train_hf.train(arguments("run", *more, "--resume", stage="align", steps=1))
+    train_hf.train(arguments("run", *more, stage="align", steps=1))
     with pytest.raises(ValueError, match="holds this run already. Add --resume"):
-        train_hf.main(arguments("run", *more, stage="align", steps=1))
+        train_hf.train(arguments("run", *more, stage="align", steps=1))
     with pytest.raises(ValueError, match="(?s)another run.*learning_rate: 0.01 there, 0.5 now"):
-        train_hf.main(arguments("run", *more, "--resume", "--learning-rate", "0.5", stage="align", steps=1))
+        train_hf.train(arguments("run", *more, "--resume", "--learning-rate", "0.5", stage="align", steps=1))
     with pytest.raises(ValueError, match="(?s)another run.*stage: 'align' there, 'dense' now"):
-        train_hf.main(arguments("run", *more, "--resume", stage="dense", steps=1))
+        train_hf.train(arguments("run", *more, "--resume", stage="dense", steps=1))
     with pytest.raises(ValueError, match="(?s)another run.*rows: "):
-        train_hf.main(arguments("run", *more, "--resume", stage="align", steps=1, file="two.jsonl"))
+        train_hf.train(arguments("run", *more, "--resume", stage="align", steps=1, file="two.jsonl"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.txt").write_text("sun")
     with pytest.raises(ValueError, match="not empty and holds no run.json"):
-        train_hf.main(arguments("photos", stage="align", steps=1))
+        train_hf.train(arguments("photos", stage="align", steps=1))
     path = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
     save_file(load_file(path) | {PATCH: torch.zeros(25, 1, 14, 14, 14)}, path)
     with pytest.raises(ValueError, match="another size: model.visual.patch_embed.proj.weight is .25, 1"):
-        train_hf.main(arguments("run", *more, "--resume", stage="align", steps=1))
+        train_hf.train(arguments("run", *more, "--resume", stage="align", steps=1))
 
 
 @pytest.mark.parametrize("classes, seen", [("2", "is 2; expected labels from 1 to 1"), ("3", None)])
 def test_evidence_beyond_the_label_maps_is_refused(arguments, classes, seen):
     more = ["--evidence-weight", "1", "--token-label-classes", classes, *HARD]
     if seen is None:
-        train_hf.main(arguments("run", *more, steps=1))
+        train_hf.train(arguments("run", *more, steps=1))
         return
     with pytest.raises(ValueError, match=seen):
-        train_hf.main(arguments("run", *more, steps=1))
+        train_hf.train(arguments("run", *more, steps=1))
 
 
 @pytest.mark.parametrize("more, message", [
@@ -767,15 +808,15 @@ def test_arguments_that_do_not_go_together(arguments, capsys, more, message):
 def test_faults_of_the_model_and_the_data(arguments, tmp_path, model, data):
     for wrong in ("threshold_maxx=1", "threshold_max"):
         with pytest.raises(ValueError, match="expected name=value"):
-            train_hf.main(arguments("run", "--photon", wrong))
+            train_hf.train(arguments("run", "--photon", wrong))
     with pytest.raises(Exception, match="scheduler_layer is 7"):
-        train_hf.main(arguments("run", "--photon", "scheduler_layer=7"))
+        train_hf.train(arguments("run", "--photon", "scheduler_layer=7"))
     with pytest.raises(ValueError, match="cuts the answer away"):
-        train_hf.main(arguments("run", "--max-length", "40"))
+        train_hf.train(arguments("run", "--max-length", "40"))
     with pytest.raises(ValueError, match="--tasks lesion: the data has scan, text"):
-        train_hf.main(arguments("run", "--tasks", "text", "lesion"))
+        train_hf.train(arguments("run", "--tasks", "text", "lesion"))
     with pytest.raises(ValueError, match="remove_unused_columns=True would drop the scans"):
-        train_hf.main(arguments("run", "--remove-unused-columns", "true"))
+        train_hf.train(arguments("run", "--remove-unused-columns", "true"))
     assert not (tmp_path / "run").exists()
 
 
@@ -795,8 +836,56 @@ def test_arguments_from_a_file_and_the_line(arguments, tmp_path, capsys):
     assert "unknown arguments: learning_rat" in capsys.readouterr().err
 
 
+def test_mistakes_give_one_line(arguments, tmp_path, data, capsys, monkeypatch):
+    def refusal(command, code=2):
+        with pytest.raises(SystemExit) as caught:
+            train_hf.main(command)
+        assert caught.value.code == code
+        error = capsys.readouterr().err.strip()
+        assert "Traceback" not in error
+        return error.splitlines()[-1]
+
+    assert "There is no folder nowhere" in refusal(["--model", "nowhere", *arguments("run")[2:]])
+    assert "has no config.json" in refusal(["--model", str(data), *arguments("run")[2:]])
+    assert "no data file absent.jsonl" in refusal([*arguments("run"), "--train-data", str(data / "absent.jsonl")])
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install peft" in refusal(arguments("run", "--lora"))
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("photon.scan_store_photon.save_file", full)
+    for workers in ("0", "1"):
+        command = arguments(f"full{workers}", "--cache-dir", tmp_path / "cache", "--dataloader-num-workers", workers)
+        error = refusal(command)
+        assert error.startswith("A preprocessed scan could not be written to cache_dir; is the disk full?"), error
+    monkeypatch.undo()
+    monkeypatch.setattr(train_hf.PhotonTrainer, "training_step", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    assert "Run the same command again with --resume" in refusal(arguments("stopped"), code=130)
+
+
+def test_help_shows_ours_first(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n  --{name}") for name in ("model", "train_data", "evidence_weight", "hard_start", "bf16")]
+    assert places == sorted(places) and text.index("--resume ") < text.index("--output_dir")
+    assert len(text.split("options:")[0].splitlines()) < 8
+
+
+@pytest.mark.parametrize("script", ["stage1_align", "stage2_tune_lora", "stage2_tune_full", "multi_node"])
+def test_scripts_without_a_gpu_say_what_to_do(script, tmp_path):
+    for program in ("dirname", "wc"):  # a PATH without nvidia-smi
+        (tmp_path / program).symlink_to(shutil.which(program))
+    env = {"PATH": str(tmp_path), "PYTHON": sys.executable}
+    command = [shutil.which("bash"), str(ROOT / "runs" / f"{script}.sh"), "a.jsonl", "b.jsonl", str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and "No NVIDIA GPU was found" in done.stderr and "runs/tiny_cpu.sh" in done.stderr
+
+
 def test_training_on_some_tasks(arguments, tmp_path):
-    trainer = train_hf.main(arguments("run", "--tasks", "text", stage="dense", steps=1))
+    trainer = train_hf.train(arguments("run", "--tasks", "text", stage="dense", steps=1))
     assert trainer.train_dataset["where"] == ["train.jsonl line 3", "train.jsonl line 8"]
 
 
@@ -816,8 +905,7 @@ def test_recipes_are_arguments(recipe, tmp_path):
     assert model_args.stage == ("align" if recipe == "align" else "tune" if "tune" in recipe else "dense")
     assert model_args.lora == (recipe == "tune_lora") and loss_args.token_labels == (recipe == "tiny_tower")
     if model_args.stage == "tune":
-        config = PhotonConfig()
-        assert Phases.of(config, args, 32_000).hard == (4800 if recipe == "tiny_tune" else 8000)
+        assert Phases.of(args, 32_000).hard == (4800 if recipe == "tiny_tune" else 8000)
 
 
 def test_settings_of_launchers_are_read(model):

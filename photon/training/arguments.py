@@ -18,6 +18,8 @@ def option(default, text):
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "model"
+
     model: str = field(metadata={"help": "folder or Hub id of a Photon model; its code is run"})
     stage: str = field(metadata={"help": "align, tune or dense", "choices": STAGES})
     revision: str | None = option(None, "branch of a Hub id")
@@ -48,6 +50,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "data"
+
     train_data: str = field(metadata={"help": ".jsonl file or Hub id"})
     eval_data: str | None = option(None, ".jsonl file or Hub id")
     tasks: list[str] | None = option(None, "train only on rows of these tasks")
@@ -62,10 +66,12 @@ class DataArguments:
 
 @dataclass
 class PhotonTrainingArguments(TrainingArguments):
+    _argument_group_name = "arguments of the Hugging Face Trainer"
+
     resume: bool = option(False, "go on from the last checkpoint of output_dir")
-    soft_start: float | None = option(None, "first soft step; below 1 a share of the run")
-    hard_start: float | None = option(None, "first step with deletion; below 1 a share of the run")
-    flip_start: float | None = option(None, "first step with flipped rows; below 1 a share of the run")
+    soft_start: float | None = option(None, "first soft step; below 1 a share of the run; default 0.125")
+    hard_start: float | None = option(None, "first step with deletion; below 1 a share of the run; default 0.25")
+    flip_start: float | None = option(None, "first step with flipped rows; below 1 a share of the run; default 0.281")
     questions_together: int = option(1, "how many questions on one scan follow one another; a batch encodes it once")
     pack_questions: bool = option(False, "questions of a batch on one scan share a row; only with --stage dense")
     vision_learning_rate: float | None = option(None, "default learning_rate")
@@ -90,7 +96,9 @@ class PhotonTrainingArguments(TrainingArguments):
 def parse(argv, description=None):
     """Arguments from the command line, after those of a .yaml or .json file if one comes first."""
     classes = (ModelArguments, DataArguments, LossArguments, PhotonTrainingArguments)
-    parser = HfArgumentParser(classes, description=description)
+    usage = "%(prog)s [RECIPE.yaml] --model MODEL --stage STAGE --train-data DATA --output-dir FOLDER [options]"
+    parser = HfArgumentParser(classes, usage=usage, description=description)
+    _put_first(parser, PhotonTrainingArguments.__annotations__, "photon's training")
     if argv and not argv[0].startswith("-"):
         path, argv = Path(argv[0]), argv[1:]
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -110,6 +118,16 @@ def parse(argv, description=None):
         if is_fault:
             parser.error(message)
     return parsed
+
+
+def _put_first(parser, names, title):
+    """Moves the options of these names to a group of their own, in front of the Trainer's hundred others in --help."""
+    *others, last = parser._action_groups
+    moved = [action for action in last._group_actions if action.dest in names]
+    last._group_actions = [action for action in last._group_actions if action.dest not in names]
+    group = parser.add_argument_group(title)
+    group._group_actions = moved
+    parser._action_groups = [*others, group, last]
 
 
 def contradictions(model_args, data_args, loss_args, args):
@@ -159,6 +177,8 @@ def contradictions(model_args, data_args, loss_args, args):
         "--fp16 scales the loss, which the surrogate gradient of --stage tune does not follow. Use --bf16.": (
             args.fp16 and model_args.stage == "tune"
         ),
+        "--photon soft_start_step, hard_start_step and flip_start_step record a run. Set --soft-start, --hard-start "
+        "and --flip-start.": any(setting.split("=")[0].endswith("_start_step") for setting in model_args.photon or ()),
         "--eval-strategy needs --eval-data.": args.eval_strategy != "no" and data_args.eval_data is None,
         "Adapters of a local model are of no use on the Hub: give the model's Hub id, or merge them.": (
             args.push_to_hub and model_args.merge_lora is False and Path(model_args.model).exists()

@@ -1,35 +1,66 @@
 """The phase of training (dense, soft, hard) as a function of the optimizer step."""
 
-from dataclasses import dataclass
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from photon.modeling_photon import PHASES
+
+# shares of the run: those of the release's 4,000, 8,000 and 9,000 steps in its run of 32,000
+DEFAULTS = {"soft_start": 0.125, "hard_start": 0.25, "flip_start": 0.28125}
+FILE = "phases.json"
 
 
 @dataclass
 class Phases:
-    """First optimizer steps of the phases; flips: the first step with flipped rows."""
+    """First optimizer steps of the phases; `flip`: the first step with flipped rows."""
 
     soft: int
     hard: int
     flip: int
 
     @classmethod
-    def of(cls, config, args, max_steps):
-        """From the arguments where they are given (below 1 a share of the run), otherwise from the config."""
-        steps = []
-        for given, default in (
-            (args.soft_start, config.soft_start_step),
-            (args.hard_start, config.hard_start_step),
-            (args.flip_start, config.flip_start_step),
-        ):
-            value = default if given is None else given * max_steps if given < 1 else given
-            steps.append(round(value))
-        if not 0 <= steps[0] <= steps[1] <= steps[2]:
+    def of(cls, args, max_steps):
+        """From the arguments (below 1 a share of the run, otherwise a step). What is not given follows the release,
+        but never breaks the order. Raises `ValueError` where the given ones are not in ascending order."""
+        given = [getattr(args, name) for name in DEFAULTS]
+        shares = [default if value is None else value for value, default in zip(given, DEFAULTS.values(), strict=True)]
+        soft, hard, flip = (round(value * max_steps) if value < 1 else round(value) for value in shares)
+        if given[1] is None:
+            hard = max(hard, soft)
+        if given[0] is None:
+            soft = min(soft, hard)
+        if given[2] is None:
+            flip = max(flip, hard)
+        if not 0 <= soft <= hard <= flip:
             raise ValueError(
-                f"The phases start at steps {steps} (soft, hard, flip); expected them in ascending order."
+                f"The phases start at steps {[soft, hard, flip]} (soft, hard, flip); expected them in ascending order."
             )
-        return cls(*steps)
+        return cls(soft, hard, flip)
+
+    @classmethod
+    def load(cls, folder):
+        """Those of a checkpoint, so that a run keeps them when it is extended; `None` where it has none."""
+        file = Path(folder, FILE)
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def save(self, folder):
+        Path(folder, FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def at(self, step):
         """One of `PHASES`."""
         return PHASES[(step >= self.soft) + (step >= self.hard)]
+
+    def describe(self, max_steps):
+        """One line for a person. Warns where the run ends before tokens are deleted."""
+        if self.hard >= max_steps:
+            warnings.warn(
+                f"The run ends at step {max_steps}, before its hard phase (step {self.hard}): training never "
+                "deletes a token. Set --hard-start, or choose --stage dense.",
+                stacklevel=2,
+            )
+        return (
+            f"phases: dense from step 0, soft (tokens weighted) from {self.soft}, hard (tokens deleted) from "
+            f"{self.hard}, flipped rows from {self.flip}; the run has {max_steps} steps"
+        )

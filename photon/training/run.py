@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,8 @@ RUN_FIELDS = (
     "fp16", "soft_start", "hard_start", "flip_start", "train_sampling_strategy", "questions_together",
     "pack_questions", "muon_learning_rate",
 )  # fmt: skip
+
+LENGTH = ("max_steps", "num_train_epochs")  # may grow on a resume
 
 
 def run_settings(model_args, data_args, loss_args, args, rows):
@@ -40,8 +43,11 @@ def claim_folder(folder, run, resume):
     """Takes a folder for this run, or finds this run in it. Returns the checkpoint to resume from, or `None`."""
     folder = Path(folder)
     begun = folder.is_dir() and any(folder.iterdir())
-    begun = open_run(folder, run, begun=begun, resume=resume, option="--output-dir")
-    return get_last_checkpoint(folder) if begun else None
+    begun = open_run(folder, run, begun=begun, resume=resume, extend=LENGTH, option="--output-dir")
+    checkpoint = get_last_checkpoint(folder) if begun else None
+    if begun and checkpoint is None:
+        warnings.warn("The run has no checkpoint yet: it starts at step 0 again.", stacklevel=2)
+    return checkpoint
 
 
 def check_checkpoint(model, folder):

@@ -8,7 +8,9 @@
 - evaluation by answers that are written from the prompt alone.
 """
 
+import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -16,7 +18,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
 
-from photon.modeling_photon import PHASES
 from photon.objectives_photon import Objective
 from photon.training.batches import ScanSampler
 from photon.training.figures import Figures, peak_memory
@@ -51,7 +52,38 @@ class PhotonTrainer(Trainer):
         volumes = self.processing_class.image_processor
         self.empty, self.full = -volumes.mean / volumes.std, (1 - volumes.mean) / volumes.std
         self.loss_names = ["lm_loss", "band_loss", *(loss.name for loss in self.losses)]
-        self.phases, self.sums, self.logged_step = None, Figures(self.loss_names), None
+        self.phases, self.resumed = None, None
+        self.sums, self.logged_step = Figures(self.loss_names), None
+
+    # --- the run
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self.resumed = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def start_phases(self):
+        """At the first step, when the number of steps is known. A resumed run keeps its phases."""
+        self.phases = Phases.load(self.resumed) if self.resumed else None
+        self.phases = self.phases or Phases.of(self.args, self.state.max_steps)
+        config = self.accelerator.unwrap_model(self.model).config
+        config.soft_start_step = self.phases.soft  # the checkpoint tells how it was trained
+        config.hard_start_step = self.phases.hard
+        config.flip_start_step = self.phases.flip
+        if self.is_world_process_zero():
+            print(self.phases.describe(self.state.max_steps), file=sys.stderr)
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # a finished run was resumed; the parent would add a step
+            self.control.should_training_stop = True
+            return
+        if self.stage == "tune" and self.phases is None:
+            self.start_phases()
+        super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, *args):
+        super()._save_checkpoint(*args)
+        if self.phases is not None and self.args.should_save:
+            self.phases.save(Path(self._get_output_dir(None), f"checkpoint-{self.state.global_step}"))
 
     # --- a step
 
@@ -100,11 +132,6 @@ class PhotonTrainer(Trainer):
         """Phase, objectives and perturbed scans of one batch, into its inputs. Returns the objectives, and the numbers
         of the volumes that stay clean."""
         photon, step = self.accelerator.unwrap_model(model), self.state.global_step
-        if self.phases is None:
-            self.phases = Phases.of(photon.config, self.args, self.state.max_steps)
-            photon.config.soft_start_step = self.phases.soft  # the checkpoint tells how it was trained
-            photon.config.hard_start_step = self.phases.hard
-            photon.config.flip_start_step = self.phases.flip
         photon.set_scheduler_phase(self.phases.at(step))
         seed, flips = self.args.seed, step >= self.phases.flip
         objectives, perturbations = draw_rows(photon.config, seed, step, examples, volume_count, flips)
@@ -158,13 +185,15 @@ class PhotonTrainer(Trainer):
         seconds = time.perf_counter() - self.sums.clock
         values, steps = self.sums.gathered(self.accelerator), max(self.state.global_step - self.logged_step, 1)
         figures = {name: values[name] / steps for name in self.loss_names}
+        phase = self.phases.at(self.state.global_step - 1) if self.phases else None
         if values["kept_rows"]:
-            figures["kept"] = values["kept_sum"] / values["kept_rows"]
-            figures |= {"kept_min": values["kept_min"], "kept_max": values["kept_max"]}
+            name = "kept" if phase == "hard" else "would_keep"  # before the hard phase nothing is deleted
+            figures[name] = values["kept_sum"] / values["kept_rows"]
+            figures |= {f"{name}_min": values["kept_min"], f"{name}_max": values["kept_max"]}
             figures["threshold"] = values["threshold_sum"] / values["kept_rows"]
         figures |= {name: values[name] / values["rows"] for name in ("robust_rows", "flip_rows") if self.phases}
-        if self.phases:
-            figures["phase"] = PHASES.index(self.phases.at(self.state.global_step - 1))  # a number, for curves
+        if phase is not None:
+            figures["phase"] = phase
         figures |= {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups if "name" in group}
         figures |= {"tokens_per_second": values["tokens"] / seconds, "peak_gib": values["peak_gib"]}
         self.sums, self.logged_step = Figures(self.loss_names), self.state.global_step

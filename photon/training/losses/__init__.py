@@ -40,6 +40,7 @@ from photon.training.losses.evidence import EvidenceLoss
 from photon.training.losses.token_labels import TokenLabelLoss
 
 LossArguments = make_dataclass("LossArguments", [], bases=tuple(loss.Arguments for loss in LOSSES.values()))
+LossArguments._argument_group_name = "losses"
 LossArguments.__doc__ = "Weights and settings of the losses, each from its loss's file."
 
 
