@@ -10,7 +10,7 @@ Numbers and names follow the paper (arXiv 2603.25155) and the authors' release.
 import copy
 import difflib
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLTextConfig,
@@ -30,8 +30,36 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
-SALIENCIES = ("logits", "attention")
-SURROGATES = ("release", "taylor", "gate")
+
+
+def one_of(*values, default):
+    """A field with one of these values, whenever it is set."""
+
+    def check(value):
+        if value not in values:
+            raise ValueError(f"is {value!r}; expected one of {', '.join(map(repr, values))}.")
+
+    return validated_field(check, default=default)
+
+
+def above_zero(default):
+    """A field with a number above 0, whenever it is set."""
+
+    def check(value):
+        if not value > 0:
+            raise ValueError(f"is {value}; expected a number above 0.")
+
+    return validated_field(check, default=default)
+
+
+def share(default):
+    """A field with a share from 0 to 1, whenever it is set."""
+
+    def check(value):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"is {value}; expected a share from 0 to 1.")
+
+    return validated_field(check, default=default)
 
 
 @strict
@@ -52,6 +80,9 @@ class PhotonConfig(Qwen2_5_VLConfig):
             0's, deleted before it.
         saliency (`str`, defaults to `"logits"`):
             `"logits"`: scaled dot products, as the release. `"attention"`: their softmax over the visual tokens.
+        saliency_scale (`str`, defaults to `"minmax"`):
+            What the threshold is compared with: the saliency between 0 and 1 over a row's visual tokens, as in the
+            release, or its `"standard"` score (mean 0, deviation 1; of the logarithm of attention).
         saliency_gradient (`bool`, defaults to `False`):
             Whether gradients pass from the keep probabilities through the saliency into the scheduling layer's
             queries and keys, so that training moves the ranking of the tokens. Without it, as in the release, it
@@ -74,9 +105,25 @@ class PhotonConfig(Qwen2_5_VLConfig):
             The gradient that reaches the keep probabilities p. `"release"` or `"taylor"`: the paper's rule with one
             sign or the other; the two push the threshold in opposite directions. `"gate"`: log p of each token is
             added to the attention logits of its key above the cut, in the hard phase less its own value, so that
-            nothing but a gradient is added; needs sdpa or eager attention in training.
+            nothing but a gradient is added. `"exact"`: the exact cut. Keep probabilities become random gates with an
+            atom at 0 (hard concrete, Louizos et al. 2018), and the logarithm of a gate is added to the attention
+            logits of its key in every layer above the cut. A token whose gate is 0 has no weight for anyone and is
+            deleted, so that the short sequence gives the exact gradient of the full one. Both need sdpa, eager or
+            `"gated_flash_attention_2"` attention in training.
         surrogate_scale, surrogate_std_floor, surrogate_clip, surrogate_magnitude_min, surrogate_magnitude_max,
         surrogate_slope_floor, surrogate_eps (`float`): constants of that gradient.
+        keep_budget (`float`, *optional*):
+            Share of visual tokens that training keeps, held over each process's batch by one threshold that is solved
+            for; the predictor's threshold is an offset to it by row. Inference uses a running mean of it, which is
+            saved with the weights. Needs `saliency_scale="standard"`. Without it a row's threshold is the predictor's
+            alone, as in the release.
+        budget_end_step (`int`):
+            Optimizer step at which the budget is reached; it falls geometrically from 1 at `hard_start_step`.
+        budget_momentum (`float`): of the running mean of the threshold.
+        gate_slope, gate_temperature, gate_low, gate_high (`float`):
+            The gates of `"exact"`: `clamp(sigmoid((logit(u) + slope * margin) / temperature) * (high - low) + low)`
+            between 0 and 1, u uniform. `gate_slope`, and the probability of a gate above 0, hold for every surrogate
+            with `keep_budget`.
         band_low, band_high, band_weight (`float`): the mean keep probability is pushed into [band_low, band_high].
         robust_probability (`float`): share of training rows whose volume is perturbed.
         robust_shares (`list[float]`):
@@ -105,43 +152,52 @@ class PhotonConfig(Qwen2_5_VLConfig):
 
     # --- ITS: instruction-conditioned token scheduling
     scheduler_layer: int | None = None
-    saliency: str = "logits"
+    saliency: str = one_of("logits", "attention", default="logits")
+    saliency_scale: str = one_of("minmax", "standard", default="minmax")
     saliency_gradient: bool = False
     evict_early_layers: bool = False
     use_scheduler: bool = True
-    threshold_max: float | int = 0.9
+    threshold_max: float | int = share(0.9)
     threshold_bias_init: float | int = -5.0
-    threshold_hidden_divisor: int = 8
-    keep_temperature: float | int = 0.2
-    keep_cutoff: float | int = 0.5
-    min_kept_tokens: int = 1
-    saliency_eps: float | int = 1e-8
-    centrality_floor: float | int = 1.0
+    threshold_hidden_divisor: int = above_zero(8)
+    keep_temperature: float | int = above_zero(0.2)
+    keep_cutoff: float | int = share(0.5)
+    min_kept_tokens: int = above_zero(1)
+    saliency_eps: float | int = above_zero(1e-8)
+    centrality_floor: float | int = above_zero(1.0)
     # --- SGP: surrogate gradient propagation
-    surrogate: str = "taylor"
+    surrogate: str = one_of("release", "taylor", "gate", "exact", default="taylor")
     surrogate_scale: float | int = 0.8
-    surrogate_std_floor: float | int = 3e-3
-    surrogate_clip: float | int = 1.5
+    surrogate_std_floor: float | int = above_zero(3e-3)
+    surrogate_clip: float | int = above_zero(1.5)
     surrogate_magnitude_min: float | int = 0.5
     surrogate_magnitude_max: float | int = 2.0
     surrogate_slope_floor: float | int = 5e-3
-    surrogate_eps: float | int = 1e-6
+    surrogate_eps: float | int = above_zero(1e-6)
+    # --- the budget, and the gates of the exact cut
+    keep_budget: float | int | None = share(None)
+    budget_end_step: int = 12000
+    budget_momentum: float | int = share(0.9)
+    gate_slope: float | int = above_zero(3.0)
+    gate_temperature: float | int = above_zero(0.5)
+    gate_low: float | int = -0.1
+    gate_high: float | int = 1.1
     # --- objectives
     band_low: float | int = 0.3
     band_high: float | int = 0.8
     band_weight: float | int = 1.0
-    robust_probability: float | int = 0.15
+    robust_probability: float | int = share(0.15)
     robust_shares: list[float] | tuple[float, ...] = (0.16, 0.16, 0.16, 0.16, 0.16, 0.20)
-    robust_patch_drop: float | int = 0.8
-    robust_voxel_drop: float | int = 0.9
-    flip_probability: float | int = 0.05
-    flip_eps: float | int = 1e-6
+    robust_patch_drop: float | int = share(0.8)
+    robust_voxel_drop: float | int = share(0.9)
+    flip_probability: float | int = share(0.05)
+    flip_eps: float | int = above_zero(1e-6)
     # --- phases, by optimizer step
     soft_start_step: int = 4000
     hard_start_step: int = 8000
     flip_start_step: int = 9000
     # --- positions and the question's place
-    second_per_grid_ts: float | int = 14.0
+    second_per_grid_ts: float | int = above_zero(14.0)
     im_start_token_id: int | None = 151644
     im_end_token_id: int = 151645
     user_token_id: int | None = 872
@@ -167,7 +223,10 @@ class PhotonConfig(Qwen2_5_VLConfig):
                 f"This checkpoint is of type {config_dict['model_type']!r}, not {cls.model_type!r}. Convert it first: "
                 "python convert_photon.py --qwen DIR|HUB_ID --output DIR (or --official for the authors' release)."
             )
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate()  # once more, since kwargs were set one by one
+        return loaded
 
     def validate_scheduler(self):
         layers = self.text_config.num_hidden_layers
@@ -176,24 +235,36 @@ class PhotonConfig(Qwen2_5_VLConfig):
                 f"scheduler_layer is {self.scheduler_layer}; expected -1 (before the first layer) to {layers - 1} "
                 f"(the decoder has {layers} layers)."
             )
-        _one_of("saliency", self.saliency, SALIENCIES)
-        _one_of("surrogate", self.surrogate, SURROGATES)
         if self.text_config.use_sliding_window:
             raise ValueError(
                 "use_sliding_window is True; a window of places has no meaning once tokens are deleted. "
                 "Set text_config.use_sliding_window=False."
             )
-        for name in ("keep_temperature", "saliency_eps", "centrality_floor", "surrogate_std_floor", "surrogate_clip",
-                     "surrogate_eps",
-                     "flip_eps", "second_per_grid_ts", "threshold_hidden_divisor", "min_kept_tokens"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0.")
+
+    def validate_budget(self):
+        if self.surrogate == "exact" and self.keep_budget is None:
+            raise ValueError('surrogate="exact" needs keep_budget, the share of the visual tokens to keep.')
+        if self.keep_budget is not None and not 0 < self.keep_budget:
+            raise ValueError(f"keep_budget is {self.keep_budget}; expected a share above 0.")
+        if self.keep_budget is not None and self.saliency_scale != "standard":
+            raise ValueError('keep_budget needs saliency_scale="standard", so that one threshold fits every row.')
+        layers = self.text_config.num_hidden_layers
+        if self.surrogate == "exact" and self.scheduler_layer == layers - 1:
+            raise ValueError(
+                f'surrogate="exact" gates the layers above scheduler_layer {self.scheduler_layer}, and the decoder '
+                f"has {layers} layers, so there is none. Take a lower one."
+            )
+        if not self.gate_low < 0 < 1 < self.gate_high:
+            raise ValueError(
+                f"gate_low, gate_high are {self.gate_low}, {self.gate_high}; expected gate_low < 0 and gate_high > 1, "
+                "so that gates of exactly 0 and 1 occur."
+            )
+        if self.keep_budget is not None and self.budget_end_step < self.hard_start_step:
+            raise ValueError(
+                f"budget_end_step is {self.budget_end_step}; expected hard_start_step or more, {self.hard_start_step}."
+            )
 
     def validate_ranges(self):
-        for name in ("threshold_max", "keep_cutoff", "robust_probability", "robust_patch_drop", "robust_voxel_drop",
-                     "flip_probability"):  # fmt: skip
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1.")
         if not 0 <= self.band_low <= self.band_high <= 1:
             raise ValueError(
                 f"band_low, band_high are {self.band_low}, {self.band_high}; expected 0 <= low <= high <= 1."
@@ -207,11 +278,6 @@ class PhotonConfig(Qwen2_5_VLConfig):
                 "expected 0 <= soft_start_step <= hard_start_step <= flip_start_step; got "
                 f"{self.soft_start_step}, {self.hard_start_step}, {self.flip_start_step}."
             )
-
-
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
 
 
 __all__ = ["PhotonConfig", "PhotonVisionConfig"]

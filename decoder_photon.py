@@ -186,6 +186,7 @@ class CutDecoder:
             scaling=layer.self_attn.scaling,
             keep_count=scan.keep_count,
             flip=scan.flip,
+            deletes=self._phase != "dense",
             **scores,
             **features,
         )
@@ -200,16 +201,18 @@ class CutDecoder:
                 schedule.hidden_states.to(hidden_states.dtype), scan.visual_index, scan.visual, length
             )
             hidden_states = torch.where(scan.visual_mask[..., None], merged, hidden_states)
-        if self.training and self.photon.surrogate == "gate":
-            return hidden_states, scatter_places(schedule.log_prob, scan.visual_index, scan.visual, length)
+        if schedule.log_gate is not None:
+            return hidden_states, scatter_places(schedule.log_gate, scan.visual_index, scan.visual, length)
         if self._phase == "soft":
             return soft_weight(hidden_states, schedule, scan.visual_index, scan.visual), None
         return hidden_states, None
 
     def _gather(self, hidden_states, scan, schedule, keep_index, gate):
         """The kept tokens' states (B, S', D), and the gates (B, S') or `None`."""
-        if gate is not None:  # 0, with the gradient of the gates
-            return gather_places(hidden_states, keep_index), gather_places(gate - gate.detach(), keep_index)
+        if gate is not None:
+            if self.photon.surrogate == "gate":  # 0, with the gradient of the gates
+                gate = gate - gate.detach()
+            return gather_places(hidden_states, keep_index), gather_places(gate, keep_index)
         return surrogate_gather(
             hidden_states, schedule, scan.visual_index, scan.visual, keep_index, self.photon, scan.row_weight
         ), None
@@ -275,7 +278,7 @@ class CutDecoder:
         keys = self.norm.weight.new_zeros(1, attention.num_key_value_heads, 1, attention.head_dim)
         queries = keys.new_zeros(1, attention.num_heads, 1, attention.head_dim)
         real = torch.ones(1, 1, dtype=torch.bool, device=keys.device)
-        inputs = SchedulerInputs(queries, keys, keys, real, real, attention.scaling)
+        inputs = SchedulerInputs(queries, keys, keys, real, real, attention.scaling, deletes=False)
         return 0.0 * self.scheduler(inputs).keep_prob.sum()
 
 

@@ -74,7 +74,8 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
     """Vision tower and decoder of Photon: volumes and text in, hidden states out."""
 
     def __init__(self, config):
-        super(Qwen2_5_VLModel, self).__init__(config)  # the parent's own would build the stock decoder first
+        config.validate()  # fields may have been set one by one since it was made
+        super(Qwen2_5_VLModel, self).__init__(config)  # the parent's would build the stock decoder first
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
         self.language_model = PhotonTextModel._from_config(config.text_config, photon=config)
         self.rope_deltas = None
@@ -86,6 +87,12 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         if phase not in PHASES:
             raise ValueError(f"phase is {phase!r}; expected one of {', '.join(map(repr, PHASES))}.")
         self.language_model.scheduler_phase = phase
+
+    def set_keep_budget(self, share):
+        """In training, with `config.keep_budget`: the share of visual tokens that batches keep from now on."""
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}; expected a number above 0, at most 1.")
+        self.language_model.scheduler.budget = share
 
     def set_scheduler(self, scheduler):
         """Selects tokens by another method from now on, and returns the one before.
@@ -322,10 +329,14 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
     def set_scheduler_phase(self, phase):
         self.model.set_scheduler_phase(phase)
 
+    def set_keep_budget(self, share):
+        self.model.set_keep_budget(share)
+
     def set_scheduler(self, scheduler):
         return self.model.set_scheduler(scheduler)
 
     set_scheduler_phase.__doc__ = PhotonModel.set_scheduler_phase.__doc__
+    set_keep_budget.__doc__ = PhotonModel.set_keep_budget.__doc__
     set_scheduler.__doc__ = PhotonModel.set_scheduler.__doc__
 
     @can_return_tuple

@@ -12,12 +12,16 @@ size, Q question tokens, V visual tokens (rows with fewer are padded on the righ
 How the cut learns is in scheduling_surrogate_photon.py.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+ATTENTION_EPS = 1e-9  # added to attention before its logarithm
+NOTHING = torch.finfo(torch.float32).tiny  # a gate so small that the key has no weight beside others
+LOG_OF_NOTHING = math.log(NOTHING)
 NEEDS = frozenset({"sequence", "hidden_states", "coordinates", "vision", "row_number"})  # of `SchedulerInputs`
 
 
@@ -61,7 +65,7 @@ class SchedulerInputs:
     Always there, of the scheduling layer: queries (B, H, Q, d) and question_keys (B, G, Q, d) of the question's
     tokens, visual_keys (B, G, V, d), all after rotary embedding; question (B, Q) and visual (B, V) bool, which of them
     are real; scaling 1/sqrt(d). keep_count (B,) long or `None`: keep exactly so many of each row. flip (B,) bool or
-    `None`: rows that keep what they would drop.
+    `None`: rows that keep what they would drop. deletes: False in the dense phase of training.
 
     There if a method lists the name in its class attribute `needs`:
     - "sequence": last_query (B, H, 1, d) of each prompt's last token, its place last_index (B, 1), keys (B, G, S, d)
@@ -82,6 +86,7 @@ class SchedulerInputs:
     scaling: float
     keep_count: torch.Tensor | None = None
     flip: torch.Tensor | None = None
+    deletes: bool = True
     last_query: torch.Tensor | None = None
     last_index: torch.Tensor | None = None
     keys: torch.Tensor | None = None
@@ -120,14 +125,12 @@ class Schedule(ScheduleFields):
     """What a selection method decides. `keep_prob` may carry a gradient.
 
     Args beyond the fields of the output: hidden_states (B, V, D): what visual tokens carry on above the cut, for
-        methods that merge deleted tokens into kept ones; `None` leaves them as they are.
+        methods that merge deleted tokens into kept ones; `None` leaves them as they are. log_gate (B, V): what is
+        added to the attention logits of each visual key above the cut; `None` for nothing.
     """
 
     hidden_states: torch.FloatTensor | None = None
-
-    @property
-    def log_prob(self):
-        return self.keep_prob.clamp(min=torch.finfo(torch.float32).tiny).log()
+    log_gate: torch.FloatTensor | None = None
 
     def to(self, device):
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -205,7 +208,7 @@ def saliency_statistics(saliency, logits, visual):
         return (x * visual).sum(-1) / count
 
     def std(x):
-        return mean((x - mean(x)[:, None]) ** 2).sqrt()
+        return mean((x - mean(x)[:, None]) ** 2).clamp(min=NOTHING).sqrt()  # a slope of 0, not of inf, at 0
 
     def low(x):
         return x.masked_fill(~visual, torch.inf).amin(-1)
@@ -252,15 +255,21 @@ class ThresholdPredictor(nn.Module):
 class TokenScheduler(nn.Module):
     """Decides by a row's question which of its visual tokens stay (ITS).
 
-    The threshold carries a gradient, through `Schedule.keep_prob`; the saliency does with `saliency_gradient` alone.
+    The threshold carries a gradient, through `Schedule.keep_prob` and `Schedule.log_gate`; the saliency does with
+    `saliency_gradient` alone. With `config.keep_budget` a batch shares one more threshold, by which it keeps `budget`
+    of its visual tokens in training; its running mean is a buffer and serves inference.
     """
+
+    needs = frozenset()
 
     def __init__(self, hidden_size, config):
         super().__init__()
         self.config = config
         self.predictor = ThresholdPredictor(hidden_size, config)
-
-    needs = frozenset()
+        self.budget = config.keep_budget  # of this training step; the trainer lowers it from 1
+        if config.keep_budget is not None:
+            self.register_buffer("running_level", torch.zeros(()))
+            self.register_buffer("level_updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, inputs):
         """`SchedulerInputs` to a `Schedule`: a row keeps the tokens above its threshold, or the `keep_count` most
@@ -277,19 +286,97 @@ class TokenScheduler(nn.Module):
             else:
                 logits = saliency_logits(queries, visual_keys, weights, inputs.scaling) * visual
             saliency = scale_saliency(logits, visual, config.saliency_eps)
-            statistics = saliency_statistics(saliency.detach(), logits.detach(), visual)
+            parts = (saliency, logits)
+            if config.surrogate != "exact":  # whose gradient is that of all that moves the loss
+                parts = (saliency.detach(), logits.detach())
+            statistics = saliency_statistics(*parts, visual)
+            scaled = saliency
+            if config.saliency_scale == "standard":
+                scaled = standard_saliency(logits, visual, config)
         with torch.autocast(device, enabled=False):
             threshold = self.predictor(statistics)  # (B, 1)
-            keep_prob = ((saliency - threshold) / config.keep_temperature).sigmoid() * visual
+            if config.keep_budget is None:
+                margin = (scaled - threshold) / config.keep_temperature
+            else:
+                margin = self.budget_margin(scaled - threshold, visual, inputs.deletes) - gate_offset(config)
+            keep_prob = margin.sigmoid() * visual
+        keep = (keep_prob > config.keep_cutoff) & visual
+        log_gate = None
+        if self.training and inputs.deletes and config.surrogate == "gate":
+            log_gate = keep_prob.clamp(min=NOTHING).log()
+        if self.training and inputs.deletes and config.surrogate == "exact":
+            gate = hard_concrete(margin + gate_offset(config), config) * visual
+            keep = gate > 0
+            log_gate = gate.clamp(min=NOTHING).log()
         if inputs.keep_count is None:
-            keep = (keep_prob > config.keep_cutoff) & visual
             if inputs.flip is not None:
                 keep = torch.where(inputs.flip[:, None], visual & ~keep, keep)
             floor = visual.sum(-1).clamp(max=config.min_kept_tokens)
-            keep |= most_salient(saliency, visual, floor) & (keep.sum(-1) < floor)[:, None]
+            keep = keep | most_salient(saliency, visual, floor) & (keep.sum(-1) < floor)[:, None]
         else:
             keep = most_salient(saliency, visual, torch.minimum(inputs.keep_count.clamp(min=0), visual.sum(-1)))
-        return Schedule(keep, keep_prob, threshold, saliency.detach(), logits.detach(), visual.sum(-1))
+        if log_gate is not None and config.surrogate == "exact":  # tokens that stay against their gate are ungated
+            log_gate = torch.where(keep & (gate == 0), 0.0, log_gate)
+            log_gate = torch.where(visual & ~keep, LOG_OF_NOTHING, log_gate)
+        return Schedule(
+            keep, keep_prob, threshold, saliency.detach(), logits.detach(), visual.sum(-1), log_gate=log_gate
+        )
+
+    def budget_margin(self, scores, visual, deletes):
+        """gate_slope (score - level) for each token (B, V): the level at which the batch keeps its budget.
+
+        In training the level is solved for and followed by the running one, and its gradient is taken out: a step then
+        moves which tokens are kept, not how many.
+        """
+        config = self.config
+        if not (self.training and deletes):
+            return config.gate_slope * (scores - self.running_level.float())
+        level = budget_level(scores.detach(), visual, self.budget, config)
+        with torch.no_grad():
+            weight = max(1 - config.budget_momentum, 1 / (int(self.level_updates) + 1))  # a plain mean at first
+            self.running_level.lerp_(level.to(self.running_level.dtype), weight)
+            self.level_updates += 1
+        margin = config.gate_slope * (scores - level)
+        prob = (margin.detach() - gate_offset(config)).sigmoid() * visual
+        slope = prob * (1 - prob)
+        slope = slope / slope.sum().clamp(min=torch.finfo(slope.dtype).tiny)  # the level's derivative by each score
+        return margin - config.gate_slope * (slope * (scores - scores.detach())).sum()
+
+
+def standard_saliency(logits, visual, config):
+    """A row's saliency with mean 0 and deviation 1 over its visual tokens (B, V), of the logarithm for attention."""
+    if config.saliency == "attention":
+        logits = (logits + ATTENTION_EPS).log()
+    count = visual.sum(-1, keepdim=True).clamp(min=1)
+    centred = (logits - (logits * visual).sum(-1, keepdim=True) / count) * visual
+    deviation = ((centred**2).sum(-1, keepdim=True) / count + config.saliency_eps).sqrt()
+    return centred / deviation
+
+
+def gate_offset(config):
+    """By how much the logit of P(gate > 0) is below the gate's own: temperature * ln(-low / high)."""
+    return config.gate_temperature * math.log(-config.gate_low / config.gate_high)
+
+
+def hard_concrete(logits, config):
+    """Random gates in [0, 1] with atoms at 0 and 1 (Louizos et al. 2018), with a gradient; logits (B, V)."""
+    uniform = torch.rand_like(logits).clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
+    stretched = ((uniform.logit() + logits) / config.gate_temperature).sigmoid()
+    return (stretched * (config.gate_high - config.gate_low) + config.gate_low).clamp(0, 1)
+
+
+def budget_level(scores, visual, budget, config, steps=50):
+    """The level (a scalar) at which the mean keep probability of all visual tokens is `budget`, by bisection.
+
+    scores (B, V); visual (B, V) bool. The mean is over the tokens of all rows, so that rows may differ.
+    """
+    reach = (abs(gate_offset(config)) + 30) / config.gate_slope  # beyond it all probabilities are 0 or 1
+    low, high = scores[visual].min() - reach, scores[visual].max() + reach
+    for _ in range(steps):
+        level = (low + high) / 2
+        kept = (config.gate_slope * (scores[visual] - level) - gate_offset(config)).sigmoid().mean()
+        low, high = torch.where(kept > budget, level, low), torch.where(kept > budget, high, level)
+    return (low + high) / 2
 
 
 def most_salient(saliency, visual, count):
