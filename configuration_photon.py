@@ -93,6 +93,9 @@ class PhotonConfig(Qwen2_5_VLConfig):
         use_scheduler (`bool`, defaults to `True`):
             Whether calls that do not say it themselves delete tokens. `False` in a model that was trained without:
             its threshold has learned nothing.
+        output_full_length (`bool`, defaults to `False`):
+            Whether logits have the length of the prompt, with zeros where tokens were deleted, which trainers that
+            compare logits with labels expect; otherwise they have the length after the cut.
         threshold_max, threshold_bias_init (`float`):
             The threshold is `threshold_max * sigmoid(MLP(statistics))`; the MLP's last bias starts at
             `threshold_bias_init`, so that nearly everything is kept at first.
@@ -157,6 +160,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     saliency_gradient: bool = False
     evict_early_layers: bool = False
     use_scheduler: bool = True
+    output_full_length: bool = False
     threshold_max: float | int = share(0.9)
     threshold_bias_init: float | int = -5.0
     threshold_hidden_divisor: int = above_zero(8)

@@ -10,14 +10,12 @@ The method itself is in `scheduling_photon.py` (which tokens stay) and `scheduli
 learns), its objectives in `objectives_photon.py`.
 """
 
-from dataclasses import dataclass, fields
-from itertools import repeat
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLForConditionalGeneration,
@@ -26,19 +24,19 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.utils import can_return_tuple
 
 from .decoder_photon import PhotonCache, PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel
-from .objectives_photon import Objective, all_losses
+from .objectives_photon import Objective, PhotonCausalLMOutputWithPast, all_losses, full_length
 from .prompt_photon import (
     NO_MASKS,
     NO_TOKEN_TYPES,
     PhotonVisionOutput,
+    PromptPositions,
     check_scan,
     grid_coordinates,
     grids_of_volumes,
     grown_mask,
     last_of_prompt,
-    prompt_positions,
-    real_places,
     record_attention,
+    refuse_static,
     rope_deltas,
     row_numbers,
     scheduler_features,
@@ -52,25 +50,10 @@ if TYPE_CHECKING:  # never run; `save_pretrained` copies the files that a module
     from .processing_photon import PhotonProcessor  # noqa: F401
 
 PHASES = ("dense", "soft", "hard")
+SCAN_INPUTS = ("pixel_values_videos", "video_grid_thw", "volume_index", "mm_encoder_outputs", "mm_token_type_ids")
 
 
-@dataclass
-class PhotonCausalLMOutputWithPast(ScheduleFields, CausalLMOutputWithPast):
-    """
-    As `PhotonModelOutputWithPast`, with `logits` (B, S', vocabulary), and the parts of `loss`.
-
-    Args:
-        keep_index (`torch.LongTensor` of shape `(B, S')`): as of `PhotonModelOutputWithPast`.
-        lm_loss (`torch.FloatTensor` of shape `()`): mean over answer tokens; entropy or flip in rows of that kind.
-        band_loss (`torch.FloatTensor` of shape `()`): before `config.band_weight`; 0 in the dense phase.
-    """
-
-    keep_index: torch.LongTensor | None = None
-    lm_loss: torch.FloatTensor | None = None
-    band_loss: torch.FloatTensor | None = None
-
-
-class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
+class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
     """Vision tower and decoder of Photon: volumes and text in, hidden states out."""
 
     def __init__(self, config):
@@ -131,57 +114,6 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             lists = [[part[i] for i in volume_index.tolist()] for part in lists]
         return PhotonVisionOutput(outputs.last_hidden_state, lists[0], deepstack_features=lists[1:] or None)
 
-    def get_rope_index(
-        self, input_ids=None, mm_token_type_ids=None, image_grid_thw=None, video_grid_thw=None,
-        second_per_grid_ts=None, attention_mask=None, **kwargs,
-    ):  # fmt: skip
-        """Three-axis positions (3, B, S), and the position of each row's next token minus the row's length, (B, 1).
-
-        Text behind a volume starts after the largest position on any axis (see `prompt_positions`), and
-        `second_per_grid_ts` defaults to the config's. input_ids are not used.
-        """
-        vision = self.config.vision_config
-        seconds = repeat(self.config.second_per_grid_ts) if second_per_grid_ts is None else iter(second_per_grid_ts)
-        grids = {
-            kind: iter(() if grids is None else grids) for kind, grids in ((1, image_grid_thw), (2, video_grid_thw))
-        }
-        intervals = {1: repeat(1), 2: (vision.tokens_per_second * step for step in seconds)}
-
-        def of_volume(start, grid, interval):
-            merge, device = vision.spatial_merge_size, mm_token_type_ids.device
-            return self.get_vision_position_ids(start, grid, 1, merge, interval, device=device)
-
-        position_ids = torch.zeros(3, *mm_token_type_ids.shape, dtype=torch.long, device=mm_token_type_ids.device)
-        real = real_places(attention_mask, mm_token_type_ids.bool())
-        deltas = []
-        for row, kinds in enumerate(mm_token_type_ids):
-            kinds = kinds[real[row]]
-            position_ids[:, row, real[row]], following = prompt_positions(kinds, grids, intervals, of_volume, row)
-            deltas.append(following - len(kinds))
-        return position_ids, torch.tensor(deltas, device=position_ids.device).unsqueeze(1)
-
-    def compute_3d_position_ids(
-        self, input_ids, image_grid_thw, video_grid_thw, inputs_embeds, attention_mask, past_key_values,
-        second_per_grid_ts=None, mm_token_type_ids=None,
-    ):  # fmt: skip
-        """Positions of this call's tokens, (3, B, S). The parent's goes wrong with a cache and a 2D mask together."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        batch, length = inputs_embeds.shape[:2]
-        if past == 0:
-            self.rope_deltas = None
-            if mm_token_type_ids is None:
-                return None  # text alone
-            position_ids, self.rope_deltas = self.get_rope_index(
-                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask
-            )
-            return position_ids
-        if attention_mask is None:
-            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
-        else:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        deltas = getattr(past_key_values, "rope_deltas", None)
-        return (position_ids if deltas is None else position_ids + deltas.to(position_ids.device)).expand(3, -1, -1)
-
     @can_return_tuple
     def forward(
         self,
@@ -218,7 +150,7 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
             row_weight (B,): each row's share of the loss, for the surrogate gradient.
         Raises: `ValueError` where masks, marks and volumes do not fit together; it says which row.
         """
-        _refuse_static(attention_mask, past_key_values)
+        refuse_static(attention_mask, past_key_values)
         budget = token_budget is not None or keep_ratio is not None
         if use_scheduler is None:
             use_scheduler = self.config.use_scheduler or budget
@@ -307,14 +239,6 @@ class PhotonModel(PhotonPreTrainedModel, Qwen2_5_VLModel):
         return inputs_embeds + 0.0 * features.sum().to(inputs_embeds.dtype)
 
 
-def _refuse_static(attention_mask, cache):
-    if isinstance(attention_mask, dict) or getattr(cache, "is_compileable", False):
-        raise ValueError(
-            "A static cache has a fixed length, but a prompt's length changes at the cut. Use the default dynamic "
-            "cache (leave cache_implementation unset)."
-        )
-
-
 class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditionalGeneration):
     """Photon with a language-model head: asks a question about CT or MR volumes, and learns to."""
 
@@ -362,6 +286,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         keep_ratio: float | None = None,
         use_scheduler: bool | None = None,
         objective: torch.LongTensor | None = None,
+        output_full_length: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> PhotonCausalLMOutputWithPast:
@@ -370,6 +295,10 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             labels (B, S): of the unpruned sequence; cut with it. -100 where there is nothing to learn.
             objective (B,) of `Objective`: each row's kind of loss, default all `ANSWER`. `FLIP` rows keep what they
                 would drop. Rows of the other two kinds have no band loss.
+            output_full_length: give logits of the prompt's length (B, S, vocabulary), as other models do, with zeros
+                where a token was deleted; default `config.output_full_length`. Without it they have the length after
+                the cut (B, S', vocabulary), and `keep_index` tells which place each belongs to. Without effect where
+                logits_to_keep chooses logits.
             num_items_in_batch: answer tokens of the whole step, as the Trainer counts them over accumulated batches.
         """
         flip = None if objective is None else objective == Objective.FLIP
@@ -406,6 +335,10 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         if labels is not None:
             dense = self.training and self.model.language_model.scheduler_phase == "dense"
             losses = all_losses(logits, labels, outputs, objective, row_weight, total, self.config, band=not dense)
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if whole and (self.config.output_full_length if output_full_length is None else output_full_length):
+            prompt = input_ids if inputs_embeds is None else inputs_embeds
+            logits = full_length(logits, outputs.keep_index, prompt.shape[1])
         return PhotonCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -415,6 +348,22 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             keep_index=outputs.get("keep_index"),
             **losses,
         )
+
+    def generate(self, *args, assistant_model=None, past_key_values=None, **kwargs):
+        """As of `GenerationMixin`, without `assistant_model`; a cache with a conversation takes no more scans."""
+        if assistant_model is not None:
+            raise ValueError(
+                "assistant_model is not supported: it would need a cut of its own. Leave it out; "
+                "prompt_lookup_num_tokens=N speculates without a second model."
+            )
+        if past_key_values is not None and past_key_values.get_seq_length():
+            again = [name for name in SCAN_INPUTS if kwargs.get(name) is not None]
+            if again:
+                raise ValueError(
+                    f"past_key_values holds a conversation with its scans already; leave out {', '.join(again)} and "
+                    "pass the whole conversation's input_ids and attention_mask. For other scans start a fresh prompt."
+                )
+        return super().generate(*args, past_key_values=past_key_values, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:

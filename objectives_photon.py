@@ -4,12 +4,30 @@ A batch may mix kinds of rows. Every term is weighted by a row's answer tokens, 
 four batches of one row with the same `num_items`, give the same loss.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .scheduling_photon import gather_places
+from .scheduling_photon import ScheduleFields, gather_places
+
+
+@dataclass
+class PhotonCausalLMOutputWithPast(ScheduleFields, CausalLMOutputWithPast):
+    """
+    As `PhotonModelOutputWithPast`, with `logits` (B, S', vocabulary), and the parts of `loss`.
+
+    Args:
+        keep_index (`torch.LongTensor` of shape `(B, S')`): as of `PhotonModelOutputWithPast`.
+        lm_loss (`torch.FloatTensor` of shape `()`): mean over answer tokens; entropy or flip in rows of that kind.
+        band_loss (`torch.FloatTensor` of shape `()`): before `config.band_weight`; 0 in the dense phase.
+    """
+
+    keep_index: torch.LongTensor | None = None
+    lm_loss: torch.FloatTensor | None = None
+    band_loss: torch.FloatTensor | None = None
 
 
 class Objective(IntEnum):
@@ -73,3 +91,15 @@ def all_losses(logits, labels, outputs, objective, row_weight, total, config, ba
             rows = rows * (objective == Objective.ANSWER)
         band_loss = (rows * row_weight).sum()
     return {"loss": lm_loss + config.band_weight * band_loss, "lm_loss": lm_loss, "band_loss": band_loss}
+
+
+def full_length(logits, keep_index, length):
+    """Logits (B, S, vocabulary) at the places of the prompt, with zeros where a token was deleted.
+
+    logits (B, S', vocabulary) of the cut sequence; keep_index (B, S'), or `None` where nothing was cut; length: S.
+    """
+    if keep_index is None:
+        return logits
+    places = keep_index.clamp(min=0)[..., None].expand_as(logits)
+    values = torch.where(keep_index[..., None] >= 0, logits, 0)  # padded places share place 0
+    return logits.new_zeros(len(logits), length, logits.shape[-1]).scatter_add(1, places, values)

@@ -8,6 +8,7 @@ B rows, S places. Positions have three axes (depth, row, column); text advances 
 import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -119,6 +120,15 @@ def grown_mask(mask, like):
     return nn.functional.pad(mask, (0, like.shape[1] - mask.shape[1]))
 
 
+def refuse_static(attention_mask, cache):
+    """Raises `ValueError` for a static cache."""
+    if isinstance(attention_mask, dict) or getattr(cache, "is_compileable", False):
+        raise ValueError(
+            "A static cache has a fixed length, but a prompt's length changes at the cut. Use the default dynamic "
+            "cache (leave cache_implementation unset)."
+        )
+
+
 # === Positions =======================================================================================================
 
 
@@ -166,6 +176,61 @@ def rope_deltas(position_ids, attention_mask):
     last = (position_ids if position_ids.ndim == 2 else position_ids[-3:].amax(0)).amax(-1)
     real = real_places(attention_mask, position_ids[0] if position_ids.ndim == 3 else position_ids)
     return (last + 1 - real.sum(-1).to(last.device)).unsqueeze(1)
+
+
+class PromptPositions:
+    """The positions of a model's prompts; mixed into Qwen2.5-VL's model before its own methods."""
+
+    def get_rope_index(
+        self, input_ids=None, mm_token_type_ids=None, image_grid_thw=None, video_grid_thw=None,
+        second_per_grid_ts=None, attention_mask=None, **kwargs,
+    ):  # fmt: skip
+        """Three-axis positions (3, B, S), and the position of each row's next token minus the row's length, (B, 1).
+
+        Text behind a volume starts after the largest position on any axis (see `prompt_positions`), and
+        `second_per_grid_ts` defaults to the config's. input_ids are not used.
+        """
+        vision = self.config.vision_config
+        seconds = repeat(self.config.second_per_grid_ts) if second_per_grid_ts is None else iter(second_per_grid_ts)
+        grids = {
+            kind: iter(() if grids is None else grids) for kind, grids in ((1, image_grid_thw), (2, video_grid_thw))
+        }
+        intervals = {1: repeat(1), 2: (vision.tokens_per_second * step for step in seconds)}
+
+        def of_volume(start, grid, interval):
+            merge, device = vision.spatial_merge_size, mm_token_type_ids.device
+            return self.get_vision_position_ids(start, grid, 1, merge, interval, device=device)
+
+        position_ids = torch.zeros(3, *mm_token_type_ids.shape, dtype=torch.long, device=mm_token_type_ids.device)
+        real = real_places(attention_mask, mm_token_type_ids.bool())
+        deltas = []
+        for row, kinds in enumerate(mm_token_type_ids):
+            kinds = kinds[real[row]]
+            position_ids[:, row, real[row]], following = prompt_positions(kinds, grids, intervals, of_volume, row)
+            deltas.append(following - len(kinds))
+        return position_ids, torch.tensor(deltas, device=position_ids.device).unsqueeze(1)
+
+    def compute_3d_position_ids(
+        self, input_ids, image_grid_thw, video_grid_thw, inputs_embeds, attention_mask, past_key_values,
+        second_per_grid_ts=None, mm_token_type_ids=None,
+    ):  # fmt: skip
+        """Positions of this call's tokens, (3, B, S). The parent's goes wrong with a cache and a 2D mask together."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch, length = inputs_embeds.shape[:2]
+        if past == 0:
+            self.rope_deltas = None
+            if mm_token_type_ids is None:
+                return None  # text alone
+            position_ids, self.rope_deltas = self.get_rope_index(
+                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, attention_mask
+            )
+            return position_ids
+        if attention_mask is None:
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).expand(batch, -1)
+        else:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        deltas = getattr(past_key_values, "rope_deltas", None)
+        return (position_ids if deltas is None else position_ids + deltas.to(position_ids.device)).expand(3, -1, -1)
 
 
 # === Features for selection methods ==================================================================================

@@ -1,14 +1,17 @@
 """PhotonConfig: what it refuses, what it keeps, and the configurations that ship."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from conftest import ROOT, tiny_config
 from photon.configuration_photon import PhotonConfig
 from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.objectives_photon import PhotonCausalLMOutputWithPast
 
 BAD = [
     ({"saliency": "softmax"}, "saliency"),
@@ -34,6 +37,28 @@ BAD = [
 def test_wrong_values_are_refused_by_name(fields, named):
     with pytest.raises(StrictDataclassError, match=named):
         tiny_config(**fields)
+
+
+def test_values_are_checked_wherever_they_enter(tmp_path):
+    """At construction, as arguments of from_pretrained, by assignment, and when a model is made of the config."""
+    config = tiny_config()
+    for name, value in (("saliency", "attn"), ("surrogate", "gat"), ("keep_temperature", 0), ("flip_probability", 2)):
+        with pytest.raises(StrictDataclassError, match=name):
+            setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    for wrong in ({"saliency": "attn"}, {"surrogate": "gat"}, {"band_low": 0.9}, {"soft_start_step": 9000}):
+        with pytest.raises(StrictDataclassError, match=next(iter(wrong))):
+            PhotonConfig.from_pretrained(tmp_path, **wrong)
+    assert PhotonConfig.from_pretrained(tmp_path, band_low=0.85, band_high=0.9).band_low == 0.85
+    config.band_low = 0.9  # above band_high, which may be next
+    with pytest.raises(StrictDataclassError, match="band_low"):
+        PhotonForConditionalGeneration(config)
+
+
+def test_what_inference_leaves_out_is_every_extra_output():
+    """The Trainer gathers all other outputs over an evaluation."""
+    extra = {f.name for f in fields(PhotonCausalLMOutputWithPast)} - {f.name for f in fields(CausalLMOutputWithPast)}
+    assert set(PhotonConfig.keys_to_ignore_at_inference) == extra | {"past_key_values"}
 
 
 def test_a_misspelt_field_is_refused():

@@ -443,3 +443,31 @@ def test_a_shared_scan_equals_a_repeated_one(training):
     for index in ([0, 1, 0], [0, 2, 0, 0], [1, 1, 0, 0]):
         with pytest.raises(ValueError, match="volume_index"):
             model(**(shared | {"volume_index": torch.tensor(index)}))
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_full_length_logits_are_the_cut_ones_in_their_places(layer):
+    """What trainers that compare logits with labels get: same loss and gradients, the prompt's length."""
+    rows = three_rows(answers=True)
+    inputs = collate(rows)
+    model = tiny_model(scheduler_layer=layer)
+    short, full = model(**inputs), model(**inputs, output_full_length=True)
+    assert short.logits.shape[1] < full.logits.shape[1] == inputs["input_ids"].shape[1]
+    assert torch.equal(full.loss, short.loss)
+    for row, index in enumerate(short.keep_index):
+        real = index >= 0
+        assert torch.equal(full.logits[row, index[real]], short.logits[row, real])
+        gone = torch.ones(full.logits.shape[1], dtype=torch.bool)
+        gone[index[real]] = False
+        assert gone.any() and not full.logits[row, gone].any()
+    shifted = full.logits[:, :-1].reshape(-1, full.logits.shape[-1])
+    stock = torch.nn.functional.cross_entropy(shifted, inputs["labels"][:, 1:].reshape(-1), ignore_index=-100)
+    torch.testing.assert_close(stock, short.lm_loss)
+    grads = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (stock, short.lm_loss)]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+    model.config.output_full_length = True
+    assert torch.equal(model(**inputs).logits, full.logits)
+    del inputs["labels"]
+    with_field = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.config.output_full_length = False
+    assert torch.equal(with_field, model.generate(**inputs, max_new_tokens=4, do_sample=False))

@@ -171,3 +171,20 @@ def test_packed_rows(model):
     packed = torch.cat([torch.cat([text, positions])] * 2, dim=-1)  # (4, 1, 2 S)
     with pytest.raises(ValueError, match="several packed samples"):
         model(**two, **scans, position_ids=packed)
+
+
+def test_an_assistant_model_is_refused_by_name():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="assistant_model is not supported.*prompt_lookup_num_tokens"):
+        model.generate(**collate(three_rows()[:1]), assistant_model=model, max_new_tokens=2)
+
+
+def test_scans_beside_a_filled_cache_are_named():
+    model, inputs = tiny_model(), collate(three_rows()[:1])
+    out = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([out.sequences, torch.tensor([[20, 21]])], dim=1)
+    again = dict(inputs, input_ids=longer, attention_mask=torch.ones_like(longer))
+    with pytest.raises(ValueError, match="leave out pixel_values_videos, video_grid_thw, mm_token_type_ids"):
+        model.generate(**again, past_key_values=out.past_key_values, max_new_tokens=2)
+    going_on = {name: again[name] for name in ("input_ids", "attention_mask")}
+    model.generate(**going_on, past_key_values=out.past_key_values, max_new_tokens=2)

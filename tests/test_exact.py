@@ -54,7 +54,7 @@ def test_the_cut_sequence_is_the_gated_one(layer, attention, saliency):
 
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_the_gradient_is_the_slope_of_the_loss(layer):
-    """With the noise held, the loss is continuous in the weights, so a central difference is a draw's gradient, and the
+    """With the noise held the loss is continuous in the weights, so a central difference is a draw's gradient, and the
     mean over draws is the slope of the expected loss. The threshold's statistics and the level take part."""
     model = exact_model(scheduler_layer=layer).double()
     weight = model.model.language_model.layers[0].self_attn.q_proj.weight
