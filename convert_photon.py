@@ -17,6 +17,7 @@ from pathlib import Path
 
 from photon.console import one_line_faults
 from photon.conversion import from_official, from_qwen, local_folder, save_processor
+from photon.loading import complete_generation_config
 
 
 def parse(argv=None):
@@ -44,6 +45,7 @@ def convert(args):
         model, volume_fields = from_qwen(folder, args.random_patch_embed)
     args.output.mkdir(parents=True, exist_ok=True)
     with_processor = save_processor(folder, args.output, model.config, volume_fields)
+    complete_generation_config(model)
     model.save_pretrained(args.output, save_original_format=False)  # under our names, not those of the source
     return model, with_processor
 

@@ -12,13 +12,15 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
     pipe(["a.nii.gz", "b.nii.gz"], "Is ...?")                            # one question on several scans
     pipe([{"volume": "a.nii.gz", "question": "Is ...?"}, ...])           # anything else
     pipe({"volume": ["prior.nii.gz", "now.nii.gz"], "question": "Has ... grown?"})   # several scans in one prompt
+    for answer in pipe(load_dataset(..., streaming=True)):               # rows with the columns volume and question
     ```
     A scan is anything that the processor reads: NIfTI, NRRD or MetaImage file, DICOM folder, SimpleITK or nibabel
     image, (array, affine), or a dict {"path": ...} or {"volume": ...} with reading options. Arguments of `generate`
     (`max_new_tokens`, `token_budget`, `keep_ratio`, `use_scheduler`, ...) may follow, by name.
 
-    Returns: {"answer": text, "tokens_kept": k, "tokens_seen": V}, k of V visual tokens; or a list of such dicts, in
-        the order of the input.
+    Returns: {"answer": text, "tokens_kept": k, "tokens_seen": V, "finish_reason": reason}, k of V visual tokens;
+        the reason is "stop", or "length" where `max_new_tokens` cut the answer. For several inputs a list of such
+        dicts, in their order; for a `datasets` set an iterator.
     Raises: `ValueError` where scans and questions do not match, `VolumeError` where a scan cannot be read.
     """
 
@@ -44,6 +46,8 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
                 volume = [{"volume": v, "question": q} for v, q in zip(volumes, questions, strict=True)]
             else:
                 volume = {"volume": volume, "question": question}
+        elif hasattr(volume, "features"):  # a set of `datasets`
+            volume = ({name: row[name] for name in ("volume", "question")} for row in volume)
         return super().__call__(volume, **kwargs)
 
     def preprocess(self, inputs):
@@ -63,6 +67,7 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
         return {
             "sequences": output.sequences[:, model_inputs["input_ids"].shape[1] :],
             "cut": output.past_key_values.cut,
+            "stop_tokens": generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id),
             "visual_count": int((model_inputs["input_ids"] == self.model.config.video_token_id).sum()),
         }
 
@@ -72,7 +77,14 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
             "answer": self.processor.decode(outputs["sequences"][0], skip_special_tokens=True).strip(),
             "tokens_kept": outputs["visual_count"] if cut is None else int(cut.keep_mask.sum()),
             "tokens_seen": outputs["visual_count"],
+            "finish_reason": finish_reason(outputs["sequences"][0], outputs["stop_tokens"]),
         }
+
+
+def finish_reason(tokens, stop_tokens):
+    """Why an answer ends: "stop" after one of the model's stop tokens (one id or several), "length" otherwise."""
+    stop_tokens = stop_tokens if isinstance(stop_tokens, list | tuple) else [stop_tokens]
+    return "stop" if len(tokens) and int(tokens[-1]) in stop_tokens else "length"
 
 
 __all__ = ["VolumeQuestionAnsweringPipeline"]

@@ -14,6 +14,7 @@ import torch
 from transformers import StoppingCriteria
 
 from photon import overlay
+from photon.pipeline_photon import finish_reason
 from photon.planes import choose_planes, question_window
 from photon.scan_intensity_photon import find_modality, intensity_window
 from photon.scan_reader_photon import read_volume
@@ -32,7 +33,8 @@ def ask(processor, model, scans, question, **generate_options):
         generate_options: arguments of `generate` (`token_budget`, `use_scheduler`, `max_new_tokens`, ...).
     Returns:
         a dict: `answer`; `tokens_kept` of `tokens_seen` visual tokens; `threshold` of the saliency, `None` where the
-        number of tokens was given; `answer_tokens`; `seconds` of reading, vision, prefill and decode;
+        number of tokens was given; `answer_tokens`; `finish_reason`, "length" where a limit cut the answer; `dtype` of
+        the weights; `seconds` of reading, vision, prefill and decode;
         the processor's inputs; the keep mask (1, V), bool.
     Raises: `VolumeError` where a scan cannot be read; `ValueError` where the options exclude each other.
     """
@@ -69,6 +71,8 @@ def ask(processor, model, scans, question, **generate_options):
         "tokens_seen": total,
         "threshold": float(cut.threshold[0]) if by_threshold else None,
         "answer_tokens": len(answer),
+        "finish_reason": finish_reason(answer, model.generation_config.eos_token_id),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": {
             "reading": end_of_reading - start,
             "vision": end_of_vision - start_of_vision,
@@ -102,13 +106,14 @@ def _volume_part(scan):
 
 
 def describe(result):
-    """Two lines for a person: the answer, then what was kept and the seconds."""
+    """Two lines for a person: the answer, then what was kept, the seconds and the type of the weights. A third one
+    where a limit cut the answer."""
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in result["seconds"].items())
     threshold = "" if result["threshold"] is None else f" (threshold {result['threshold']:.3f})"
-    return (
-        f"{result['answer'] or '(empty answer)'}\n"
-        f"{result['tokens_kept']} of {result['tokens_seen']} visual tokens kept{threshold}; {seconds}"
-    )
+    cut = f"\nCut at {result['answer_tokens']} tokens; --max-new-tokens gives more."
+    cut = cut if result["finish_reason"] == "length" else ""
+    kept = f"{result['tokens_kept']} of {result['tokens_seen']} visual tokens kept"
+    return f"{result['answer'] or '(empty answer)'}\n{kept}{threshold}; {seconds}; {result['dtype']}{cut}"
 
 
 def caption(question, result):

@@ -23,10 +23,12 @@ from transformers.utils import find_adapter_config_file
 
 from photon.configuration_photon import PhotonConfig
 from photon.modeling_photon import PhotonForConditionalGeneration, PhotonModel
+from photon.precision import choose_dtype
 from photon.processing_photon import PhotonProcessor, PhotonVolumeProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+MAX_NEW_TOKENS = 256
 ADAPTED_CONFIG = "photon_config.json"  # beside adapters: a file config.json would make them look like a whole model
 CHAT_TOKENS = {
     "im_start_token_id": "<|im_start|>",
@@ -158,13 +160,25 @@ def load_processor(source, **volume_options):
 
 
 def load(source, device="auto", dtype="auto", **volume_options):
-    """Processor and model of a local folder or Hub id. volume_options: fields of the volume processor to override."""
+    """Processor and model of a local folder or Hub id.
+
+    Args:
+        dtype: "auto" chooses by processor and free memory on a CPU (see `choose_dtype`).
+        volume_options: fields of the volume processor to override.
+    """
     device = usable_device(device)
     processor = load_processor(source, **volume_options)
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"  # bfloat16 is slower there
+    if dtype == "auto":
+        dtype, _ = choose_dtype(load_config(source), device)
     model = load_model(source, dtype=dtype)
     return processor, model.to(device).eval()
+
+
+def complete_generation_config(model):
+    """Gives a model that will be saved a limit for its answers, where it has none. The library's is 20 tokens."""
+    settings = model.generation_config
+    if settings.max_new_tokens is None:
+        settings.max_new_tokens = MAX_NEW_TOKENS
 
 
 def build_processor(tokenizer, config, volume_fields):

@@ -46,7 +46,10 @@ def test_json_and_maps(capsys, scan, tmp_path):
     out = run(capsys, scan, QUESTION, "--json", "--token-budget", 17, "--max-new-tokens", 3, "--keep-map",
               tmp_path / "kept.nii.gz", "--overlay", tmp_path / "overlay.png")  # fmt: skip
     result = json.loads(out)
-    assert set(result) == {"answer", "tokens_kept", "tokens_seen", "threshold", "answer_tokens", "seconds"}
+    assert set(result) == {
+        "answer", "tokens_kept", "tokens_seen", "threshold", "answer_tokens", "finish_reason", "dtype", "seconds"
+    }  # fmt: skip
+    assert result["dtype"] == "float32"
     assert result["threshold"] is None  # a budget leaves it out
     assert (result["tokens_kept"], result["tokens_seen"]) == (17, TOKENS) and 1 <= result["answer_tokens"] <= 3
     assert set(result["seconds"]) == {"reading", "vision", "prefill", "decode"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 
-from photon.loading import ADAPTED_CONFIG, load_config, load_model
+from photon.loading import ADAPTED_CONFIG, complete_generation_config, load_config, load_model
 
 CARD = """---
 base_model: {base}
@@ -46,6 +46,7 @@ def save_result(trainer, model_args, output):
             shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     saved = adapter if model_args.lora else partial
+    complete_generation_config(trainer.accelerator.unwrap_model(trainer.model))
     trainer.save_model(str(saved), _internal_call=True)  # every rank takes part where weights are sharded
     trainer.accelerator.wait_for_everyone()
     merge = model_args.lora and model_args.merge_lora is not False
@@ -54,7 +55,9 @@ def save_result(trainer, model_args, output):
         if model_args.lora:
             complete_adapter(adapter, trainer.accelerator.unwrap_model(trainer.model))
         if merge:  # from disk, where no rank holds only a shard
-            load_model(adapter, dtype=dtype).save_pretrained(partial)
+            merged = load_model(adapter, dtype=dtype)
+            complete_generation_config(merged)
+            merged.save_pretrained(partial)
             trainer.processing_class.save_pretrained(partial)
         if merge or not model_args.lora:
             cast_weights(partial, dtype)
