@@ -31,10 +31,13 @@ from photon.training.trainer import PhotonTrainer
 def load_data(data_args, args, processor, losses, without_decoder=False):
     """Training rows and evaluation rows (or `None`), checked."""
     columns = {name: feature for loss in losses for name, feature in loss.columns.items()}
-    train = load_rows(data_args.train_data, data_args.train_split, data_args.volume_root, columns)
+    options = {"volume_root": data_args.volume_root}
+    if data_args.cache_dir is not None:
+        options["embedded"] = Path(data_args.cache_dir) / "embedded"
+    train = load_rows(data_args.train_data, data_args.train_split, columns=columns, **options)
     evaluation = None
     if data_args.eval_data is not None:
-        evaluation = load_rows(data_args.eval_data, data_args.eval_split, data_args.volume_root)
+        evaluation = load_rows(data_args.eval_data, data_args.eval_split, **options)
         if data_args.eval_rows is not None and data_args.eval_rows < len(evaluation):
             evaluation = evaluation.shuffle(seed=args.seed).select(range(data_args.eval_rows))
     if data_args.tasks is not None:
@@ -54,11 +57,16 @@ def load_data(data_args, args, processor, losses, without_decoder=False):
     return train, evaluation
 
 
-def train(argv):
-    """Trains as the arguments say. Returns the trainer."""
+def train(argv, train_data=None, eval_data=None):
+    """Trains as the arguments say. Returns the trainer. train_data, eval_data: sets in memory (`datasets.Dataset`,
+    `IterableDataset`, list of dicts), in place of the arguments of these names."""
     # --- Args
-    parsed = parse(argv, __doc__.split("\n")[0])
+    held = {"train_data": train_data, "eval_data": eval_data}
+    held = {name: data for name, data in held.items() if data is not None}
+    parsed = parse([*argv, *(part for name in held for part in (f"--{name}", "memory"))], __doc__.split("\n")[0])
     model_args, data_args, loss_args, args = parsed
+    for name, data in held.items():
+        setattr(data_args, name, data)
     push_to_hub, args.push_to_hub = args.push_to_hub, False  # the final folder alone
     set_seed(args.seed)
 

@@ -884,6 +884,19 @@ def test_scripts_without_a_gpu_say_what_to_do(script, tmp_path):
     assert done.returncode == 1 and "No NVIDIA GPU was found" in done.stderr and "runs/tiny_cpu.sh" in done.stderr
 
 
+def test_sets_of_datasets_train_as_the_file_does(arguments, data, tmp_path):
+    """A folder of `save_to_disk`, and a set in memory."""
+    wanted = logged(train_hf.train(arguments("file", *HARD)))
+    table = load_rows(data / "train.jsonl").select_columns(["messages", "volumes", "task"])
+    table.save_to_disk(tmp_path / "saved")
+    folder = train_hf.train(arguments("folder", *HARD, "--train-data", tmp_path / "saved"))
+    assert_equal_logs(logged(folder), wanted)
+    command = arguments("memory", *HARD)
+    place = command.index("--train-data")
+    memory = train_hf.train(command[:place] + command[place + 2 :], train_data=table.to_iterable_dataset())
+    assert_equal_logs(logged(memory), wanted)
+
+
 def test_training_on_some_tasks(arguments, tmp_path):
     trainer = train_hf.train(arguments("run", "--tasks", "text", stage="dense", steps=1))
     assert trainer.train_dataset["where"] == ["train.jsonl line 3", "train.jsonl line 8"]

@@ -6,13 +6,15 @@ pytest tests/test_training_data.py
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, Features, List, Nifti
+from datasets.table import embed_table_storage
 from transformers import AutoTokenizer
 
 from conftest import ROOT, tiny_config
@@ -20,8 +22,7 @@ from photon.loading import build_processor
 from photon.objectives_photon import Objective
 from photon.rows import RowError
 from photon.scan_grid_photon import Geometry
-from photon.training import data as training_data
-from photon.training import perturbations
+from photon.training import perturbations, sources
 from photon.training.batches import Collator, ScanSampler
 from photon.training.data import check_files, check_rows, load_rows
 from photon.training.losses.evidence import evidence_losses, evidence_tokens
@@ -123,12 +124,68 @@ def test_a_row_may_name_series_and_frame(folder):
 def test_a_data_set_of_the_hub(folder, rows, monkeypatch):
     """Arrow gives every row every field, null where it had none."""
     table = Dataset.from_list([json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()])
-    monkeypatch.setattr(training_data, "load_dataset", lambda name, split: table)
+    monkeypatch.setattr(sources, "load_dataset", lambda name, split: table)
     found = load_rows("someone/questions", "test", volume_root=folder)
     assert found.remove_columns("where").to_list() == rows.remove_columns("where").to_list()
     assert found["where"][2] == "someone/questions test row 2"
-    with pytest.raises(ValueError, match="split 'test' is for data sets of the Hub"):
+    with pytest.raises(ValueError, match="split 'test' is for a set with several splits"):
         load_rows(folder / "train.jsonl", "test")
+
+
+def test_every_source_of_rows_gives_the_same(folder, rows, tmp_path):
+    """Files, folders and sets in memory; scans as paths, as a `Nifti` feature, and as bytes within a parquet file."""
+    records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    table = Dataset.from_list(records)
+    table.save_to_disk(tmp_path / "saved")
+    DatasetDict(test=table, train=table.select([1])).save_to_disk(tmp_path / "splits")
+    table.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    known = rows.remove_columns("where").to_list()
+
+    def found(source, split=None):
+        return load_rows(source, split, volume_root=folder).remove_columns("where").to_list()
+
+    streamed = table.to_iterable_dataset()
+    for source in (tmp_path / "saved", tmp_path / "rows.parquet", tmp_path / "parquet", table, streamed, records):
+        assert found(source) == known, source
+    assert found(tmp_path / "splits", "test") == known
+    assert len(found(tmp_path / "splits")) == 1 and len(found(DatasetDict(train=table), "train")) == 3
+    where = load_rows(tmp_path / "rows.parquet", volume_root=folder)["where"]
+    assert where[2] == "rows.parquet row 2" and load_rows(table, volume_root=folder)["where"][0] == "row 0"
+
+    absolute = [dict(record, volumes=[str(folder / path) for path in record.get("volumes", [])]) for record in records]
+    scans = Features(Dataset.from_list(absolute).features | {"volumes": List(Nifti())})
+    nifti = Dataset.from_list(absolute, features=scans)
+    assert found(nifti) == known
+    content = {path.name: path.read_bytes() for path in (folder / "scans").iterdir()}
+    shutil.copytree(folder / "scans", tmp_path / "scans")
+    moved = [dict(record, volumes=[path.replace(str(folder), str(tmp_path)) for path in record["volumes"]])
+             for record in absolute]  # fmt: skip
+    moved = Dataset.from_list(moved, features=scans).with_format("arrow").map(embed_table_storage, batched=True)
+    moved.with_format(None).to_parquet(tmp_path / "moved.parquet")  # as push_to_hub stores it
+    shutil.rmtree(tmp_path / "scans")
+    embedded = load_rows(tmp_path / "moved.parquet", embedded=tmp_path / "embedded")
+    for row, record in zip(embedded, records, strict=True):
+        paths = [Path(volume["path"]) for volume in row["volumes"]]
+        assert {path.parent for path in paths} <= {tmp_path / "embedded"}
+        names = [Path(path).name for path in record.get("volumes", [])]
+        assert [path.read_bytes() for path in paths] == [content[name] for name in names]
+    temporary = load_rows(tmp_path / "moved.parquet")[0]["volumes"][0]["path"]
+    assert Path(temporary).is_file() and "photon-scans-" in temporary
+
+    faulty = [dict(records[0], messages=[]), records[1]]
+    with pytest.raises(RowError, match="(?s)1 faulty rows:.*row 0: 'messages' is empty"):
+        load_rows(Dataset.from_list(records[1:2] + records[:1]).map(lambda row: {"messages": []}).select([0]))
+    with pytest.raises(RowError, match="row 0: 'messages' is empty"):
+        load_rows(faulty)
+    with pytest.raises(FileNotFoundError, match="holds no data set: expected what save_to_disk writes"):
+        load_rows(folder / "scans")
+    with pytest.raises(ValueError, match="no split 'val'; the set has 'test', 'train'"):
+        load_rows(tmp_path / "splits", "val")
+    (tmp_path / "renamed.jsonl").write_bytes((tmp_path / "rows.parquet").read_bytes())
+    with pytest.raises(RowError, match="line 2: not UTF-8"):
+        load_rows(tmp_path / "renamed.jsonl")
 
 
 FAULTS = {
@@ -148,7 +205,7 @@ FAULTS = {
     "'volumes' is str": {"volumes": "x", "messages": ask("Why?") + say("so")},
     "'volumes' holds int": {"volumes": [3], "messages": ask("Why?") + say("so")},
     "a scan has the keys": {"volumes": [{"path": "x", "slice": 3}], "messages": ask("Why?") + say("so")},
-    "embedded as bytes": {"volumes": [{"path": "x", "bytes": "q"}], "messages": ask("Why?") + say("so")},
+    "'bytes' is str": {"volumes": [{"path": "x", "bytes": "q"}], "messages": ask("Why?") + say("so")},
     "a scan in a turn of the assistant": {"volumes": ["x"], "messages": ask("Why?", 0) + [
         {"role": "assistant", "content": [{"type": "volume"}, {"type": "text", "text": "so"}]}]},
     "2 'labels' for 1 scans": {"volumes": ["x"], "labels": ["y", "z"], "messages": ask("Why?") + say("so")},

@@ -52,11 +52,13 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
 
-    train_data: str = field(metadata={"help": ".jsonl file or Hub id"})
-    eval_data: str | None = option(None, ".jsonl file or Hub id")
+    train_data: str = field(
+        metadata={"help": ".jsonl or .parquet file, folder of save_to_disk or of parquet files, or Hub id"}
+    )
+    eval_data: str | None = option(None, "the same, for evaluation")
     tasks: list[str] | None = option(None, "train only on rows of these tasks")
-    train_split: str | None = option(None, "of a Hub id; default train")
-    eval_split: str | None = option(None, "of a Hub id; default train")
+    train_split: str | None = option(None, "of a set with several; default train")
+    eval_split: str | None = option(None, "of a set with several; default train")
     volume_root: str | None = option(None, "folder of the scans; default that of the .jsonl file")
     cache_dir: str | None = option(None, "keep preprocessed scans here, in float16")
     max_length: int = option(2048, "longest row in tokens; longer ones are refused, not cut")

@@ -1,4 +1,4 @@
-"""Questions about scans, from a JSONL file or a Hub data set to rows of one shape, for training and evaluation.
+"""Questions about scans, from a file or a set of `datasets` to rows of one shape, for training and evaluation.
 
 A row has `messages` (a chat whose last turn is the assistant's) and `volumes` (a path for each scan, relative to the
 file's folder or to `volume_root`). `{"type": "volume"}` in a content list marks the place of a scan, `<volume>` or
@@ -16,11 +16,12 @@ import re
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 
-from photon.rows import RowError, build_rows, kind_of, read_rows
+from photon.rows import RowError, build_rows, kind_of
 from photon.training.batches import conversation
+from photon.training.sources import EmbeddedScans, read_records
 
 MARK = re.compile(r"<volume>|<video>")
 ROLES = ("system", "user", "assistant")
@@ -46,36 +47,26 @@ FEATURES = Features(
 # === Rows ============================================================================================================
 
 
-def load_rows(source, split=None, volume_root=None, columns=None):
-    """Rows of one shape (`FEATURES`) from a JSONL file, or from a data set of the Hub.
+def load_rows(source, split=None, volume_root=None, columns=None, embedded=None):
+    """Rows of one shape (`FEATURES`) from a file, a folder, a data set of the Hub, or a set in memory.
 
     Args:
-        source: path of a .jsonl file, or a Hub id.
-        split: of a Hub data set; default "train".
-        volume_root: folder to which relative paths of scans belong; default the file's.
+        source, split: as `read_records` takes them.
+        volume_root: folder to which relative paths of scans belong; default that of the file, or the current one.
         columns: {name: feature of `datasets`} of further columns to keep; null where a row has none.
+        embedded: folder for scans that the set holds as bytes; default one that goes when the process ends.
     Raises: `RowError` with each faulty row's file and line.
     """
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json") or path.exists():
-        if split is not None:
-            raise ValueError(f"split {split!r} is for data sets of the Hub; a file was given.")
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no data file {path.name}; expected a .jsonl file.")
-        root = path.parent if volume_root is None else Path(volume_root)
-        records = read_rows(path)
-    else:
-        split = split or "train"
-        data = load_dataset(str(source), split=split)
-        root = Path() if volume_root is None else Path(volume_root)
-        records = ((f"{source} {split} row {number}", record) for number, record in enumerate(data))
-    columns = columns or {}
+    if volume_root is None:
+        local = isinstance(source, str | Path) and Path(source).exists()
+        volume_root = (Path(source) if Path(source).is_dir() else Path(source).parent) if local else ""
+    root, columns, scans = Path(volume_root), columns or {}, EmbeddedScans(embedded)
 
     def build(record):
-        return {name: record.get(name) for name in columns} | _row(record, root)
+        return {name: record.get(name) for name in columns} | _row(record, root, scans)
 
     rows, faults = [], []
-    for where, row in build_rows(records, build):
+    for where, row in build_rows(read_records(source, split), build):
         if isinstance(row, RowError):
             faults.append(f"{where}: {row}")
         else:
@@ -83,18 +74,18 @@ def load_rows(source, split=None, volume_root=None, columns=None):
     if faults:
         raise RowError.of(faults, "faulty rows")
     if not rows:
-        raise RowError(f"{path.name} holds no rows; expected one JSON object a line.")
+        raise RowError("The data set holds no rows; a .jsonl file has one JSON object a line.")
     return Dataset.from_list(rows, features=Features(columns | FEATURES))
 
 
-def _row(record, root):
+def _row(record, root, scans):
     if record.get("volumes") and record.get("videos"):
         raise RowError("has both 'volumes' and 'videos', two names of one thing; keep one")
     listed = _list(record, "volumes") or _list(record, "videos")
     messages, inline = _messages(record.get("messages"))
     if inline and listed:
         raise RowError("names scans both within 'messages' and in 'volumes'; keep one")
-    volumes = [_volume(entry, root) for entry in inline or listed]
+    volumes = [_volume(entry, root, scans) for entry in inline or listed]
     places = sum(part["type"] == "volume" for message in messages for part in message["content"])
     if places != len(volumes):
         raise RowError(
@@ -130,16 +121,23 @@ def _string(value, name):
     return value
 
 
-def _volume(entry, root):
+def _volume(entry, root, scans):
+    entry = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else entry
     entry = entry if isinstance(entry, dict) else {"path": entry}
-    if entry.get("bytes") is not None:
-        raise RowError("a scan is embedded as bytes; write the scans to a folder and name it by volume_root")
-    unknown = {key for key, value in entry.items() if value is not None} - VOLUME_KEYS
+    for name in ("path", "volume"):
+        if isinstance(entry.get(name), dict):  # a `Nifti` feature within a content part
+            entry = entry | entry.pop(name)
+    unknown = set(entry) - VOLUME_KEYS - {"bytes"}
     if unknown:
         raise RowError(f"a scan has the keys {sorted(unknown)}; expected 'path', and 'series' or 'frame' if need be")
     series, frame = entry.get("series"), entry.get("frame")
+    path = entry.get("path")
+    if entry.get("bytes") is not None and not (isinstance(path, str) and (root / path).is_file()):
+        if not isinstance(entry["bytes"], bytes):
+            raise RowError(f"a scan's 'bytes' is {kind_of(entry['bytes'])}; expected those of a NIfTI file, or 'path'")
+        path = scans.path(entry["bytes"])
     return {
-        "path": str(root / _string(entry.get("path"), "volumes")),
+        "path": str(root / _string(path, "volumes")),
         "series": None if series is None else str(series),
         "frame": None if frame is None else int(frame),
     }
@@ -160,7 +158,7 @@ def _messages(messages):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("volume", "video"):
                 parts.append({"type": "volume", "text": None})
-                named = {key: part[key] for key in VOLUME_KEYS if part.get(key) is not None}
+                named = {key: part[key] for key in (*VOLUME_KEYS, "volume", "bytes") if part.get(key) is not None}
                 inline += [named] if named else []
             elif kind == "text" and isinstance(part.get("text"), str):
                 parts += _split(part["text"])
