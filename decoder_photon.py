@@ -94,7 +94,8 @@ class CutDecoder:
 
     It uses the model's `config`, `layers`, `rotary_emb(states, position_ids)`, and
     - `photon`: the `PhotonConfig`, whose `scheduler_layer` is the last layer on the whole sequence;
-    - `scheduler`: maps `SchedulerInputs` to a `Schedule`; `scheduler_phase`: "dense", "soft" or "hard", in training;
+    - `scheduler`: maps `SchedulerInputs` to a `Schedule`; `scheduler_phase`: "dense", "soft" or "hard", and
+      `keep_budget`, in training;
     - `layers[scoring_layer]`: also takes `score=` and `score_only=`, as `PhotonDecoderLayer` does.
     """
 
@@ -187,6 +188,7 @@ class CutDecoder:
             keep_count=scan.keep_count,
             flip=scan.flip,
             deletes=self._phase != "dense",
+            budget=self.keep_budget,
             **scores,
             **features,
         )
@@ -348,6 +350,9 @@ class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Float32Linear):
             init.constant_(module.bias, module.bias_init)
+        if isinstance(module, TokenScheduler) and module.config.keep_budget is not None:
+            init.zeros_(module.running_level)
+            init.zeros_(module.level_updates)
 
 
 class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
@@ -362,6 +367,7 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         self.layers[self.scoring_layer] = PhotonDecoderLayer(config, self.scoring_layer, photon.saliency_gradient)
         self.scheduler = TokenScheduler(config.hidden_size, photon)
         self.scheduler_phase = "hard"
+        self.keep_budget = photon.keep_budget  # of the training step; a trainer lowers it from 1
         self.post_init()
 
     @merge_with_config_defaults

@@ -75,7 +75,7 @@ class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
         """In training, with `config.keep_budget`: the share of visual tokens that batches keep from now on."""
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}; expected a number above 0, at most 1.")
-        self.language_model.scheduler.budget = share
+        self.language_model.keep_budget = share
 
     def set_scheduler(self, scheduler):
         """Selects tokens by another method from now on, and returns the one before.

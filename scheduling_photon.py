@@ -65,7 +65,8 @@ class SchedulerInputs:
     Always there, of the scheduling layer: queries (B, H, Q, d) and question_keys (B, G, Q, d) of the question's
     tokens, visual_keys (B, G, V, d), all after rotary embedding; question (B, Q) and visual (B, V) bool, which of them
     are real; scaling 1/sqrt(d). keep_count (B,) long or `None`: keep exactly so many of each row. flip (B,) bool or
-    `None`: rows that keep what they would drop. deletes: False in the dense phase of training.
+    `None`: rows that keep what they would drop. deletes: False in the dense phase of training. budget: the
+    share of the batch's visual tokens that a training step keeps, with `config.keep_budget`.
 
     There if a method lists the name in its class attribute `needs`:
     - "sequence": last_query (B, H, 1, d) of each prompt's last token, its place last_index (B, 1), keys (B, G, S, d)
@@ -87,6 +88,7 @@ class SchedulerInputs:
     keep_count: torch.Tensor | None = None
     flip: torch.Tensor | None = None
     deletes: bool = True
+    budget: float | None = None
     last_query: torch.Tensor | None = None
     last_index: torch.Tensor | None = None
     keys: torch.Tensor | None = None
@@ -256,8 +258,8 @@ class TokenScheduler(nn.Module):
     """Decides by a row's question which of its visual tokens stay (ITS).
 
     The threshold carries a gradient, through `Schedule.keep_prob` and `Schedule.log_gate`; the saliency does with
-    `saliency_gradient` alone. With `config.keep_budget` a batch shares one more threshold, by which it keeps `budget`
-    of its visual tokens in training; its running mean is a buffer and serves inference.
+    `saliency_gradient` alone. With `config.keep_budget` a batch shares one more threshold, by which it keeps its
+    budget of visual tokens in training; the running mean of it is a buffer and serves inference.
     """
 
     needs = frozenset()
@@ -266,7 +268,6 @@ class TokenScheduler(nn.Module):
         super().__init__()
         self.config = config
         self.predictor = ThresholdPredictor(hidden_size, config)
-        self.budget = config.keep_budget  # of this training step; the trainer lowers it from 1
         if config.keep_budget is not None:
             self.register_buffer("running_level", torch.zeros(()))
             self.register_buffer("level_updates", torch.zeros((), dtype=torch.long))
@@ -298,7 +299,7 @@ class TokenScheduler(nn.Module):
             if config.keep_budget is None:
                 margin = (scaled - threshold) / config.keep_temperature
             else:
-                margin = self.budget_margin(scaled - threshold, visual, inputs.deletes) - gate_offset(config)
+                margin = self.budget_margin(scaled - threshold, visual, inputs) - gate_offset(config)
             keep_prob = margin.sigmoid() * visual
         keep = (keep_prob > config.keep_cutoff) & visual
         log_gate = None
@@ -322,16 +323,16 @@ class TokenScheduler(nn.Module):
             keep, keep_prob, threshold, saliency.detach(), logits.detach(), visual.sum(-1), log_gate=log_gate
         )
 
-    def budget_margin(self, scores, visual, deletes):
+    def budget_margin(self, scores, visual, inputs):
         """gate_slope (score - level) for each token (B, V): the level at which the batch keeps its budget.
 
         In training the level is solved for and followed by the running one, and its gradient is taken out: a step then
         moves which tokens are kept, not how many.
         """
         config = self.config
-        if not (self.training and deletes):
+        if not (self.training and inputs.deletes):
             return config.gate_slope * (scores - self.running_level.float())
-        level = budget_level(scores.detach(), visual, self.budget, config)
+        level = budget_level(scores.detach(), visual, inputs.budget, config)
         with torch.no_grad():
             weight = max(1 - config.budget_momentum, 1 / (int(self.level_updates) + 1))  # a plain mean at first
             self.running_level.lerp_(level.to(self.running_level.dtype), weight)

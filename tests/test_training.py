@@ -50,6 +50,7 @@ TERMS = ("loss", "lm_loss", "band_loss", *KEPT, "threshold", "robust_rows", "fli
 PHASES = ["--soft-start", "2", "--hard-start", "4", "--flip-start", "5"]
 HARD = ["--soft-start", "0", "--hard-start", "0", "--flip-start", "0"]
 MIXED = ["--photon", "robust_probability=0.3", "flip_probability=0.5"]
+EXACT = [*MIXED, 'surrogate="exact"', 'saliency_scale="standard"', "saliency_gradient=true", "keep_budget=0.4"]
 
 
 def write_model(folder, hidden=32):
@@ -249,16 +250,21 @@ def test_muon_trains_the_matrices_of_the_layers_alone(arguments, model):
 
 
 def test_phases_are_steps_or_shares_of_the_run():
-    def phases(soft=None, hard=None, flip=None, steps=100):
-        return Phases.of(SimpleNamespace(soft_start=soft, hard_start=hard, flip_start=flip), steps)
+    def phases(soft=None, hard=None, flip=None, steps=100, end=None):
+        given = {"soft_start": soft, "hard_start": hard, "flip_start": flip, "budget_end": end}
+        return Phases.of(SimpleNamespace(**given), steps)
 
-    assert phases(steps=32_000) == Phases(4000, 8000, 9000)  # the release's run
+    assert phases(steps=32_000) == Phases(4000, 8000, 9000, 19_200)  # the release's run, and our budget
     assert [phases(10, 20, 30).at(step) for step in (0, 9, 10, 19, 20, 99)] == [
         "dense", "dense", "soft", "soft", "hard", "hard"
     ]  # fmt: skip
-    assert phases(0.25, 40, 0.5) == Phases(25, 40, 50)
-    assert phases(hard=0.05) == Phases(5, 5, 28) and phases(soft=60) == Phases(60, 60, 60)
-    assert phases(hard=0) == Phases(0, 0, 28)
+    assert phases(0.25, 40, 0.5) == Phases(25, 40, 50, 60)
+    assert phases(hard=0.05) == Phases(5, 5, 28, 60) and phases(soft=70) == Phases(70, 70, 70, 70)
+    assert phases(hard=0) == Phases(0, 0, 28, 60)
+    budgets = [phases(10, 20, 30, end=0.6).budget_at(step, 0.1) for step in (0, 19, 39, 59, 99)]
+    assert budgets == pytest.approx([1.0, 1.0, 0.1**0.5, 0.1, 0.1])
+    with pytest.raises(ValueError, match="ends at step 15; expected 20"):
+        phases(10, 20, 30, end=15)
     with pytest.raises(ValueError, match=r"\[25, 60, 50\]"):
         phases(0.25, 60, 0.5)
 
@@ -279,14 +285,21 @@ def test_a_short_run_deletes_tokens_or_warns(arguments, capsys):
     assert "Set --soft-start, --hard-start and --flip-start" in capsys.readouterr().err
 
 
+def running_level(trainer):
+    """Of the scheduler that trains, also within adapters."""
+    buffers = {name: value for name, value in trainer.model.named_buffers() if name.endswith("running_level")}
+    (value,) = (value for name, value in buffers.items() if len(buffers) == 1 or "modules_to_save" in name)
+    return value
+
+
 @pytest.mark.parametrize("lora", [
-    [], ["--lora", "--lora-dropout", "0.2"], ["--muon-learning-rate", "0.02"],
-], ids=["full", "lora", "muon"])  # fmt: skip
+    [], ["--lora", "--lora-dropout", "0.2"], ["--muon-learning-rate", "0.02"], EXACT, ["--lora", *EXACT],
+], ids=["full", "lora", "muon", "exact", "lora-exact"])  # fmt: skip
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(arguments, tmp_path, lora):
     """Stopped within the dense, the soft and the hard phase, and after the first flips."""
-    more = [*PHASES, *MIXED, *lora, "--save-strategy", "steps", "--save-steps", "1"]
+    more = [*PHASES, *([] if EXACT[1] in lora else MIXED), *lora, "--save-strategy", "steps", "--save-steps", "1"]
     whole = train_hf.train(arguments("whole", *more, steps=7))
-    names = (*TERMS, "grad_norm", "learning_rate", "phase")
+    names = (*TERMS, "grad_norm", "learning_rate", "phase", *(["kept"] if EXACT[1] in lora else []))
     wanted = logged(whole, names)
     assert [line["phase"] for line in wanted] == ["dense"] * 2 + ["soft"] * 2 + ["hard"] * 3
     assert sum(line["flip_rows"] for line in wanted) > 0 < sum(line["robust_rows"] for line in wanted)
@@ -297,6 +310,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(arguments, tmp_path, lor
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         resumed = train_hf.train(arguments(folder.name, *more, "--resume", steps=7))
         assert_equal_logs(logged(resumed, names)[step:], wanted[step:], rel=1e-5)
+    if EXACT[1] in lora:
+        assert [line["budget"] for line in logged(whole, ("budget",))] == pytest.approx([1.0] * 4 + [0.4] * 3)
+        levels = [running_level(run) for run in (whole, resumed)]
+        assert torch.equal(*levels) and levels[0] != 0
     config = json.loads((tmp_path / "whole" / "checkpoint-7" / "config.json").read_text()) if not lora else None
     if config:
         assert [config[f"{name}_start_step"] for name in ("soft", "hard", "flip")] == [2, 4, 5]

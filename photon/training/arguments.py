@@ -74,6 +74,10 @@ class PhotonTrainingArguments(TrainingArguments):
     soft_start: float | None = option(None, "first soft step; below 1 a share of the run; default 0.125")
     hard_start: float | None = option(None, "first step with deletion; below 1 a share of the run; default 0.25")
     flip_start: float | None = option(None, "first step with flipped rows; below 1 a share of the run; default 0.281")
+    budget_end: float | None = option(
+        None,
+        "with keep_budget: step at which it is reached; below 1 a share of the run; default 0.6",
+    )
     questions_together: int = option(1, "how many questions on one scan follow one another; a batch encodes it once")
     pack_questions: bool = option(False, "questions of a batch on one scan share a row; only with --stage dense")
     vision_learning_rate: float | None = option(None, "default learning_rate")

@@ -1,4 +1,4 @@
-"""The phase of training (dense, soft, hard) as a function of the optimizer step."""
+"""The phase of training (dense, soft, hard) and the kept share as functions of the optimizer step."""
 
 import json
 import warnings
@@ -9,16 +9,19 @@ from photon.modeling_photon import PHASES
 
 # shares of the run: those of the release's 4,000, 8,000 and 9,000 steps in its run of 32,000
 DEFAULTS = {"soft_start": 0.125, "hard_start": 0.25, "flip_start": 0.28125}
+BUDGET_END = 0.6  # the release has no budget; this share of the run is that of the runs in docs/evidence.md
 FILE = "phases.json"
 
 
 @dataclass
 class Phases:
-    """First optimizer steps of the phases; `flip`: the first step with flipped rows."""
+    """First optimizer steps of the phases; `flip`: the first step with flipped rows; `budget_end`: the step at which
+    the kept share has fallen to `config.keep_budget`, where there is one."""
 
     soft: int
     hard: int
     flip: int
+    budget_end: int = 0
 
     @classmethod
     def of(cls, args, max_steps):
@@ -37,7 +40,11 @@ class Phases:
             raise ValueError(
                 f"The phases start at steps {[soft, hard, flip]} (soft, hard, flip); expected them in ascending order."
             )
-        return cls(soft, hard, flip)
+        end = BUDGET_END if args.budget_end is None else args.budget_end
+        end = round(end * max_steps) if end < 1 else round(end)
+        if args.budget_end is not None and end < hard:
+            raise ValueError(f"The budget ends at step {end}; expected {hard}, where the hard phase starts, or later.")
+        return cls(soft, hard, flip, max(end, hard))
 
     @classmethod
     def load(cls, folder):
@@ -51,6 +58,12 @@ class Phases:
     def at(self, step):
         """One of `PHASES`."""
         return PHASES[(step >= self.soft) + (step >= self.hard)]
+
+    def budget_at(self, step, final):
+        """The share of visual tokens to keep: 1 until the hard phase, then falling geometrically to `final`."""
+        if step < self.hard:
+            return 1.0
+        return final ** min(1.0, (step + 1 - self.hard) / max(self.budget_end - self.hard, 1))
 
     def describe(self, max_steps):
         """One line for a person. Warns where the run ends before tokens are deleted."""

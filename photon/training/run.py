@@ -17,7 +17,7 @@ RUN_FIELDS = (
     "learning_rate", "vision_learning_rate", "aligner_learning_rate", "scheduler_learning_rate", "lr_scheduler_type",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16",
-    "fp16", "soft_start", "hard_start", "flip_start", "train_sampling_strategy", "questions_together",
+    "fp16", "soft_start", "hard_start", "flip_start", "budget_end", "train_sampling_strategy", "questions_together",
     "pack_questions", "muon_learning_rate",
 )  # fmt: skip
 

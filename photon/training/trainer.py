@@ -69,6 +69,7 @@ class PhotonTrainer(Trainer):
         config.soft_start_step = self.phases.soft  # the checkpoint tells how it was trained
         config.hard_start_step = self.phases.hard
         config.flip_start_step = self.phases.flip
+        config.budget_end_step = self.phases.budget_end
         if self.is_world_process_zero():
             print(self.phases.describe(self.state.max_steps), file=sys.stderr)
 
@@ -133,6 +134,8 @@ class PhotonTrainer(Trainer):
         of the volumes that stay clean."""
         photon, step = self.accelerator.unwrap_model(model), self.state.global_step
         photon.set_scheduler_phase(self.phases.at(step))
+        if photon.config.keep_budget is not None:
+            photon.set_keep_budget(self.phases.budget_at(step, photon.config.keep_budget))
         seed, flips = self.args.seed, step >= self.phases.flip
         objectives, perturbations = draw_rows(photon.config, seed, step, examples, volume_count, flips)
         inputs["objective"] = torch.tensor(objectives, device=inputs["input_ids"].device)
@@ -194,6 +197,8 @@ class PhotonTrainer(Trainer):
         figures |= {name: values[name] / values["rows"] for name in ("robust_rows", "flip_rows") if self.phases}
         if phase is not None:
             figures["phase"] = phase
+            if (final := self.accelerator.unwrap_model(self.model).config.keep_budget) is not None:
+                figures["budget"] = self.phases.budget_at(self.state.global_step - 1, final)
         figures |= {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups if "name" in group}
         figures |= {"tokens_per_second": values["tokens"] / seconds, "peak_gib": values["peak_gib"]}
         self.sums, self.logged_step = Figures(self.loss_names), self.state.global_step
