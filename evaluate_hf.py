@@ -66,7 +66,8 @@ def parse(argv=None):
         "--scheduler",
         choices=("on", "off", *SCHEDULERS),
         default="on",
-        help="on: as the model was trained; off keeps all visual tokens; random, flipped: others, as many",
+        help="on: as the model was trained; off: keep all visual tokens; else another rule to choose them, as many "
+        "as the model's own or as --token-budget and --keep-ratio say (photon/schedulers/)",
     )
     group.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient visual tokens")
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
@@ -81,8 +82,10 @@ def parse(argv=None):
                        help="HU that are black and white in them (default: soft tissue)")  # fmt: skip
     group = parser.add_argument_group("scores")
     group.add_argument("--output", type=Path, metavar="RUN", help="folder of the run")
-    group.add_argument("--score", type=Path, metavar="FILE", help="score these predictions; no model is run")
-    group.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="compare two files of predictions")
+    group.add_argument("--score", type=Path, metavar="FILE",
+                       help='score these predictions; no model is run. A line of JSON for each question: '
+                            '{"id": "as in the questions", "prediction": "the answer"}')  # fmt: skip
+    group.add_argument("--compare", type=Path, nargs=2, metavar="FILE", help="compare two such files")
     group.add_argument("--train", metavar="SOURCE", help="training questions, for the majority baseline")
     group.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings of the patients")
     group.add_argument("--seed", type=int, default=0, help="of the resampling, and of --swap-scans")

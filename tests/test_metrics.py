@@ -448,6 +448,40 @@ def test_open_questions_are_scored_as_corpora_with_intervals():
         assert scores["authors"]["tasks"]["t (open)"][name] == pytest.approx(value, abs=1e-9)
 
 
+def test_short_answers_of_ones_own_have_exact_match_and_balanced_accuracy():
+    """Yes or no in words, ten times as often no: always "no" is right for most questions, and balanced half."""
+    rows, said = questions(132, subtasks=("x", "yy")), {}
+    for i, row in enumerate(rows):
+        row.update(benchmark="jsonl", kind="text", answer="Yes." if i % 11 == 0 else "no", options=None, choices=None)
+        said[row["id"]] = "no" if i % 5 else ["yes", "Yes, a small one", " NO. "][i % 3]
+    right = {row["id"]: said[row["id"]].strip(" .").lower() == row["answer"].strip(".").lower() for row in rows}
+
+    def plain(part):
+        by_subtask = [[right[row["id"]] for row in part if row["subtask"] == s] for s in ("x", "yy")]
+        by_answer = [[right[row["id"]] for row in part if row["answer"] == a] for a in ("Yes.", "no")]
+        return {
+            "exact_match": np.mean([np.mean(r) for r in by_subtask if r]),
+            "balanced_accuracy": np.mean([np.mean(r) for r in by_answer if r]),
+        }
+
+    found = score(rows, said, bootstrap=60, seed=2)["tasks"]["t"]
+    bounds = resampled(rows, plain, 60, 2)
+    assert plain(rows)["balanced_accuracy"] < plain(rows)["exact_match"] - 0.1
+    for name, value in plain(rows).items():
+        figure = found["figures"][name]
+        assert figure["value"] == pytest.approx(value, abs=1e-12), name
+        assert (figure["low"], figure["high"]) == pytest.approx(tuple(bounds[name]), abs=1e-12), name
+    assert {"bleu1", "rouge1"} < set(found["figures"])
+    part = [row for row in rows if row["subtask"] == "yy"]
+    assert found["subtasks"]["yy"]["balanced_accuracy"]["value"] == pytest.approx(plain(part)["balanced_accuracy"])
+    always = score(rows, dict.fromkeys(said, "No"), bootstrap=0)["tasks"]["t"]["figures"]
+    assert always["exact_match"]["value"] > 0.85 and always["balanced_accuracy"]["value"] == 0.5
+    for i, row in enumerate(rows):  # each answer once or twice: no balance to speak of
+        row["answer"] = f"a sentence of its own {i // 2}"
+    assert "balanced_accuracy" not in score(rows, said, bootstrap=0)["tasks"]["t"]["figures"]
+    assert set(compare(rows, said, said, bootstrap=0)["tasks"]["t"]["figures"]) == {"exact_match", "bleu1", "rouge1"}
+
+
 def test_intervals_depend_on_the_seed_alone():
     rows = questions()
     said = guesses(rows, 1)

@@ -15,6 +15,7 @@ try:
 except ImportError:
     evaluate = None
 
+MAX_ANSWERS = 20  # different ones, up to which balanced accuracy tells something
 METRICS = Path(__file__).resolve().parents[2] / "metrics"
 
 
@@ -108,6 +109,41 @@ class Open:
         return {name: mean_of(value, axis=-1) for name, value in self.subtask_figures(sums).items()}
 
 
+class Short(Open):
+    """Open questions with short answers: also exact match (`same_answer`), and balanced accuracy where answers repeat.
+
+    Balanced accuracy is the mean over the different reference answers of the share that was answered exactly. It is
+    left out where there are more than `MAX_ANSWERS` of them, or fewer than two questions for each.
+    """
+
+    def __init__(self, rows, texts):
+        super().__init__(rows, texts)
+        references = [normalised(row["answer"]) for row in rows]
+        exact = np.array([normalised(text) == answer for text, answer in zip(texts, references, strict=True)], float)
+        self.answers = sorted(set(references))
+        if len(self.answers) > min(MAX_ANSWERS, len(rows) // 2):
+            self.answers = []
+        true = np.array([[answer == reference for answer in self.answers] for reference in references], float)
+        self.parts = np.concatenate([self.parts, exact[:, None], true, true * exact[:, None]], axis=1)
+
+    def subtask_figures(self, sums):
+        figures = {"exact_match": ratio(sums[..., 5], sums[..., 0])}
+        if self.answers:
+            figures["balanced_accuracy"] = mean_of(ratio(*self._right_and_all(sums)), axis=-1)
+        return figures | super().subtask_figures(sums)
+
+    def figures(self, sums):
+        figures = super().figures(sums)
+        if self.answers:  # over the task as a whole: a subtask may lack an answer
+            right, asked = self._right_and_all(sums)
+            figures["balanced_accuracy"] = mean_of(ratio(right.sum(-2), asked.sum(-2)), axis=-1)
+        return figures
+
+    def _right_and_all(self, sums):
+        """(..., subtasks, answers): questions answered exactly, and all."""
+        return sums[..., 6 + len(self.answers) :], sums[..., 6 : 6 + len(self.answers)]
+
+
 class Scored:
     """Questions with a score each, such as exact match or mean relative accuracy.
 
@@ -131,8 +167,11 @@ class Scored:
 
 def same_answer(prediction, reference):
     """Whether two short answers are equal, whatever their case, white space and full stop at the end."""
-    first, second = (" ".join(text.split()).removesuffix(".").casefold() for text in (prediction, reference))
-    return first == second
+    return normalised(prediction) == normalised(reference)
+
+
+def normalised(text):
+    return " ".join(text.split()).removesuffix(".").casefold()
 
 
 def ratio(part, whole):
