@@ -29,6 +29,7 @@ import transformers
 from photon.console import one_line_faults
 from photon.evaluation.benchmarks import BENCHMARKS
 from photon.evaluation.comparison import compare
+from photon.evaluation.measures import check_installed
 from photon.evaluation.predictions import read_predictions, read_records
 from photon.evaluation.questions import load_benchmark, missing_report
 from photon.evaluation.run import Settings, answered
@@ -73,7 +74,7 @@ def parse(argv=None):
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
     group = parser.add_argument_group("scans")
     group.add_argument("--modality", choices=["auto", "ct", "mr"], default="auto", help="what the scans are")
-    group.add_argument("--cache-dir", metavar="FOLDER", help="keep scans preprocessed there, in half precision")
+    group.add_argument("--cache-dir", metavar="FOLDER", help="keep preprocessed scans in it, in half precision")
     group.add_argument(
         "--read-ahead", type=positive, default=2, metavar="N", help="scans read while one is asked about"
     )
@@ -112,6 +113,11 @@ def wrong_arguments(args):
         return f"There is no folder {args.model}, and it is no Hub id (owner/name). Check --model."
     if args.model and not args.output:
         return "A run needs --output, the folder for its predictions."
+    if args.output and args.output.exists() and not args.output.is_dir():
+        return f"--output {args.output} is a file; expected a folder, which may be new."
+    for file in filter(None, (args.score, *(args.compare or ()))):
+        if not file.is_file():
+            return f"There is no file {file}; --score and --compare take files of predictions."
     if args.swap_scans and not args.model:
         return "--swap-scans is for a run; predictions of swapped scans are scored as they are."
     if sum((args.scheduler == "off", args.token_budget is not None, args.keep_ratio is not None)) > 1:
@@ -145,6 +151,7 @@ def settings(args):
 
 
 def run(args):
+    check_installed()  # before anything is answered
     rows = questions(args)
     if args.compare:
         first, second = (read_predictions(file, rows) for file in args.compare)

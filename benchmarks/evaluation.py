@@ -72,8 +72,8 @@ def vision_operations(config, grid):
     window = (vision.window_size // vision.patch_size) ** 2
     total = 2 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
     for layer in range(vision.depth):
-        seen = h * w if layer in vision.fullatt_block_indexes else window  # a depth slab, or a window of one
-        total += 2 * patches * (4 * width**2 + 3 * width * vision.intermediate_size) + 4 * patches * seen * width
+        keys = h * w if layer in vision.fullatt_block_indexes else window  # a depth slab, or a window of one
+        total += 2 * patches * (4 * width**2 + 3 * width * vision.intermediate_size) + 4 * patches * keys * width
     merged = width * vision.spatial_merge_size**2
     return total + 2 * patches // vision.spatial_merge_size**2 * (merged**2 + merged * vision.out_hidden_size)
 

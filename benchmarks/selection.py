@@ -41,7 +41,7 @@ def main():
         model={"required": True, "metavar": "DIR", "help": "folder or Hub id of a Photon model"},
         data={"required": True, "metavar": "FILE", "help": "questions, .jsonl"},
         limit={"type": int, "help": "only so many questions"},
-        cache_dir={"metavar": "FOLDER", "help": "keep scans preprocessed there"},
+        cache_dir={"metavar": "FOLDER", "help": "keep preprocessed scans in this folder"},
     )
     rows = load_benchmark("jsonl", options.data, limit=options.limit)
     models = {setting: load(options.model, *setting, options.cache_dir) for setting in SETTINGS}

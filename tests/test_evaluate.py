@@ -85,7 +85,7 @@ def question(name, scans, text, kind="text", patient="", **more):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As the processes that the tests start: small work, and last digits that do not hang on the number of cores."""
+    """As the processes that the tests start: small work, and last digits that do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -276,8 +276,8 @@ def test_each_scan_is_read_and_encoded_once_and_let_go():
 
 
 def test_the_vision_tower_sees_a_scan_once(model, data):
-    seen = []
-    hook = model.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    calls = []
+    hook = model.model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     try:
         groups = grouped([row for row in rows_of(data) if row["id"] != "damaged"])
         scans = EncodedScans(model, list(groups))
@@ -287,7 +287,7 @@ def test_the_vision_tower_sees_a_scan_once(model, data):
                 model.answer(batch, taken)
     finally:
         hook.remove()
-    assert len(seen) == 3 and len(groups) == 5
+    assert len(calls) == 3 and len(groups) == 5
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -524,7 +524,7 @@ def test_scores_and_comparison_of_files(capsys, data, talker, tmp_path):
     plain = ["--benchmark", "jsonl", "--data", str(data / "questions.jsonl"), "--bootstrap", "9"]
     evaluate_hf.main([*plain, "--score", str(first), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "scores.json").read_text() == (tmp_path / "a" / "scores.json").read_text()
-    train = tmp_path / "train.jsonl"  # an own file is a training file too
+    train = tmp_path / "train.jsonl"  # a file of one's questions is a training file too
     lines = (data / "questions.jsonl").read_text().replace('"id": "', '"id": "train/')
     train.write_text(lines.replace('"answer": "B"', '"answer": "A"'))
     evaluate_hf.main([*plain, "--score", str(first), "--train", str(train), "--output", str(tmp_path / "train")])
@@ -545,6 +545,9 @@ def test_wrong_arguments(capsys, data):
         ([], "--model"),
         (["--model", "m", "--score", "f"], "--score"),
         (["--model", "m"], "--output"),
+        (["--model", "m", "--output", __file__], "is a file"),
+        (["--score", "no_such_file.jsonl"], "no file no_such_file.jsonl"),
+        (["--compare", __file__, "no_such_file.jsonl"], "no file no_such_file.jsonl"),
         (["--model", "./no/such/folder", "--output", "o"], "no Hub id"),
         (["--model", "m", "--output", "o", "--token-budget", "3", "--scheduler", "off"], "exclude"),
         (["--model", "m", "--output", "o", "--keep-ratio", "1.5"], "--keep-ratio"),
@@ -554,6 +557,49 @@ def test_wrong_arguments(capsys, data):
         with pytest.raises(SystemExit):
             evaluate_hf.parse([*plain, *more])
         assert named in capsys.readouterr().err
+
+
+def test_a_model_that_reads_no_pictures_is_refused_in_one_line(capsys, data, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert refusal(capsys, data, folder, tmp_path / "run").startswith("--model has no config.json")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    error = refusal(capsys, data, folder, tmp_path / "run")
+    assert (
+        error.splitlines()[-1]
+        == "--model is a gpt2, which reads no pictures; give Photon or an image-text-to-text model."
+    )
+
+
+def test_missing_libraries_are_named_before_anything_is_answered(data, tmp_path):
+    code = (
+        "import sys; sys.modules['evaluate'] = sys.modules['datasets'] = None; import evaluate_hf; evaluate_hf.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments(data, ROOT, tmp_path / "run")], cwd=ROOT, env=ENVIRONMENT,
+        capture_output=True, encoding="utf-8", timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.splitlines()[-1].endswith("pip install -r requirements-train.txt")
+    assert "Traceback" not in done.stderr
+
+
+def test_waiting_threads_sleep():
+    """The policy stands before torch is loaded, or it has no effect; a user's own is kept."""
+    code = """
+import os, sys
+policy = []
+def hook(event, args):
+    if event == "import" and args[0] == "torch":
+        policy.append(os.environ.get("OMP_WAIT_POLICY"))
+sys.addaudithook(hook)
+import evaluate_hf
+print(policy[0])
+"""
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        env = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
+        assert done.stdout.strip() == expected, done.stderr[-2000:]
 
 
 # === 2D models =======================================================================================================

@@ -122,10 +122,10 @@ def test_mean_rouge1_is_near_the_resampled_median_that_photon_prints(rad3d):
 
 def test_rad3d_means_over_subtasks(rad3d):
     """Two subtasks of unequal size: a task's figure is the plain mean, not that of questions."""
-    said = ["B", " b", "A", "B. No", "A"]
+    answers = ["B", " b", "A", "B. No", "A"]
     true = ["B", "B", "B", "B", "A"]
     found = rad3d.compute(
-        predictions=[*said, "right lung", "x"], references=[*true, "Right lung.", "y"], tasks=["e"] * 5 + ["o"] * 2,
+        predictions=[*answers, "right lung", "x"], references=[*true, "Right lung.", "y"], tasks=["e"] * 5 + ["o"] * 2,
         subtasks=["n", "n", "n", "n", "m", "p", "q"], kinds=["closed"] * 5 + ["open"] * 2,
     )["tasks"]  # fmt: skip
     assert found["e (closed)"]["subtasks"]["n"]["accuracy"] == pytest.approx(2 / 4)
@@ -215,9 +215,9 @@ def test_version_1_free_text_with_sensitivity_and_specificity(tumor1):
     rows, counts = [], Counter()
     for _ in range(400):
         subtype = rng.choice(["liver_lesion_existence", "kidney tumor existence", "other"])
-        said, true = rng.choice([True, False, None]), rng.choice([True, False])
-        rows.append((rng.choice(words[said]), rng.choice(words[true]), "Recognition", subtype))
-        counts[subtype.replace("_", " "), said, true] += 1
+        predicted, true = rng.choice([True, False, None]), rng.choice([True, False])
+        rows.append((rng.choice(words[predicted]), rng.choice(words[true]), "Recognition", subtype))
+        counts[subtype.replace("_", " "), predicted, true] += 1
     rows.append(("12", "10", "measurement", "organ volume measurement"))
     columns = dict(
         zip(("predictions", "references", "types", "subtypes"), map(list, zip(*rows, strict=True)), strict=True)
@@ -271,14 +271,14 @@ def test_version_2_free_form(tumor2):
         rows.append((f"<think>99</think> it is {p} HU", f"{r}.0", "measurement", "organ HU ratio"))
         error = abs(p - r) / abs(r) if r else (0.0 if p == r else math.inf)
         expected["organ HU ratio"].append((max(0.0, 1 - error), error))
-        said, true = rng.choice(["Yes, it is", "no", "unclear", "it is, yes"]), rng.choice(["yes", "no"])
-        rows.append((said, true, "medical reasoning", "splenomegaly detection"))
-        word = {"Yes, it is": "yes", "no": "no", "unclear": "", "it is, yes": "yes"}[said]
+        predicted, true = rng.choice(["Yes, it is", "no", "unclear", "it is, yes"]), rng.choice(["yes", "no"])
+        rows.append((predicted, true, "medical reasoning", "splenomegaly detection"))
+        word = {"Yes, it is": "yes", "no": "no", "unclear": "", "it is, yes": "yes"}[predicted]
         expected["splenomegaly detection"].append((word, true))
-        said, true = rng.choice(["Mild!", "mild  disease", "severe", ""]), "mild"
-        rows.append((said, true, "medical reasoning", "fatty liver"))
+        predicted, true = rng.choice(["Mild!", "mild  disease", "severe", ""]), "mild"
+        rows.append((predicted, true, "medical reasoning", "fatty liver"))
         expected["fatty liver"].append(
-            ({"Mild!": 1, "mild  disease": 0}.get(said, 0), said.lower().startswith("mild"))
+            ({"Mild!": 1, "mild  disease": 0}.get(predicted, 0), predicted.lower().startswith("mild"))
         )
     rows.append(("3", "not a number", "measurement", "organ HU ratio"))  # no part in the mean, but weighed
     columns = dict(
@@ -332,21 +332,21 @@ def guesses(rows, seed, right=0.6, invalid=0.05):
     }
 
 
-def plain_figures(rows, said):
+def plain_figures(rows, answers):
     """Accuracy macro and micro, balanced accuracy and mean F1, by loops over questions."""
     subtasks = sorted({row["subtask"] for row in rows})
     letters = sorted({row["answer"] for row in rows})
-    right = [said[row["id"]] == row["answer"] for row in rows]
+    right = [answers[row["id"]] == row["answer"] for row in rows]
     by = [np.mean([ok for ok, row in zip(right, rows, strict=True) if row["subtask"] == s]) for s in subtasks]
-    recall = [np.mean([said[row["id"]] == letter for row in rows if row["answer"] == letter]) for letter in letters]
+    recall = [np.mean([answers[row["id"]] == letter for row in rows if row["answer"] == letter]) for letter in letters]
     f1 = []
     for s in subtasks:
         part = [row for row in rows if row["subtask"] == s]
         each = []
         for letter in sorted({row["answer"] for row in part}):
-            tp = sum(row["answer"] == letter == said[row["id"]] for row in part)
-            fp = sum(said[row["id"]] == letter != row["answer"] for row in part)
-            fn = sum(row["answer"] == letter != said[row["id"]] for row in part)
+            tp = sum(row["answer"] == letter == answers[row["id"]] for row in part)
+            fp = sum(answers[row["id"]] == letter != row["answer"] for row in part)
+            fn = sum(row["answer"] == letter != answers[row["id"]] for row in part)
             each.append(2 * tp / (2 * tp + fp + fn))
         f1.append(np.mean(each))
     return {
@@ -368,19 +368,19 @@ def resampled(rows, values, draws, seed):
 
 def test_figures_and_intervals_are_those_of_loops():
     rows = questions()
-    said = guesses(rows, 1)
-    found = score(rows, said, bootstrap=60, seed=3)["tasks"]["t"]
-    plain = plain_figures(rows, said)
-    bounds = resampled(rows, lambda part: plain_figures(part, said), 60, 3)
+    answers = guesses(rows, 1)
+    found = score(rows, answers, bootstrap=60, seed=3)["tasks"]["t"]
+    plain = plain_figures(rows, answers)
+    bounds = resampled(rows, lambda part: plain_figures(part, answers), 60, 3)
     for name, value in plain.items():
         figure = found["figures"][name]
         assert figure["value"] == pytest.approx(value, abs=1e-12), name
         assert (figure["low"], figure["high"]) == pytest.approx(tuple(bounds[name]), abs=1e-12), name
         assert figure["low"] < figure["value"] < figure["high"]
-    assert found["read"] == pytest.approx(np.mean([text != "?" for text in said.values()]))
+    assert found["read"] == pytest.approx(np.mean([text != "?" for text in answers.values()]))
     part = [row for row in rows if row["subtask"] == "yy"]
     assert found["subtasks"]["yy"]["questions"] == len(part)
-    one = plain_figures(part, said)
+    one = plain_figures(part, answers)
     assert found["subtasks"]["yy"]["accuracy"]["value"] == pytest.approx(one["accuracy_micro"])
     assert found["subtasks"]["yy"]["f1"]["value"] == pytest.approx(one["f1_macro"])
     assert found["subtasks"]["yy"]["balanced_accuracy"]["value"] == pytest.approx(one["balanced_accuracy"])
@@ -390,24 +390,24 @@ def test_f1_of_yes_by_finding():
     rows = questions(letters="AB")
     for row in rows:
         row["options"] = {"A": "Yes", "B": "No"}
-    said = guesses(rows, 2)
-    found = score(rows, said, bootstrap=0)["tasks"]["t"]["subtasks"]
+    answers = guesses(rows, 2)
+    found = score(rows, answers, bootstrap=0)["tasks"]["t"]["subtasks"]
     for subtask in ("x", "yy", "z"):
-        part = [(said[row["id"]], row["answer"]) for row in rows if row["subtask"] == subtask]
+        part = [(answers[row["id"]], row["answer"]) for row in rows if row["subtask"] == subtask]
         tp = sum(s == t == "A" for s, t in part)
         expected = tp / (tp + 0.5 * (sum(s == "A" != t for s, t in part) + sum(t == "A" != s for s, t in part)))
         assert found[subtask]["f1_yes"]["value"] == pytest.approx(expected)
         assert found[subtask]["f1_yes"]["low"] is None
 
 
-def test_figures_where_little_is_there():
-    """A subtask of one question; a letter that is said but never true; a finding that is never there nor named."""
+def test_figures_of_few_questions():
+    """A subtask of one question; a letter answered but never true; a finding neither true nor answered."""
     rows = questions(4, letters="ABC")
     facts = [("x", "A", "A"), ("yy", "A", "B"), ("yy", "A", "A"), ("z", "C", "?")]
     for row, (subtask, true, _) in zip(rows, facts, strict=True):
         row.update(subtask=subtask, answer=true)
-    said = {row["id"]: fact[2] for row, fact in zip(rows, facts, strict=True)}
-    found = score(rows, said, bootstrap=0)["tasks"]["t"]
+    answers = {row["id"]: fact[2] for row, fact in zip(rows, facts, strict=True)}
+    found = score(rows, answers, bootstrap=0)["tasks"]["t"]
     assert [found["subtasks"][s]["f1"]["value"] for s in ("x", "yy", "z")] == pytest.approx([1, 2 / 3, 0])
     assert found["figures"]["f1_macro"]["value"] == pytest.approx((1 + 2 / 3) / 3)
     assert found["figures"]["balanced_accuracy"]["value"] == pytest.approx((2 / 3 + 0) / 2)
@@ -427,19 +427,19 @@ def test_open_questions_are_scored_as_corpora_with_intervals():
     rows = questions(90, subtasks=("x", "yy"))
     for row, text in zip(rows, sentences(90, 11), strict=True):
         row.update(kind="text", answer=text or "none", options=None, choices=None)
-    said = dict(zip((row["id"] for row in rows), sentences(90, 12), strict=True))
+    answers = dict(zip((row["id"] for row in rows), sentences(90, 12), strict=True))
     bleu = sacrebleu.metrics.BLEU(tokenize="13a", max_ngram_order=1, smooth_method="none")
 
     def plain(part):
         both = {"bleu1": [], "rouge1": []}
         for subtask in ("x", "yy"):
-            chosen = [(said[row["id"]].strip(), row["answer"].strip()) for row in part if row["subtask"] == subtask]
+            chosen = [(answers[row["id"]].strip(), row["answer"].strip()) for row in part if row["subtask"] == subtask]
             predictions, references = map(list, zip(*chosen, strict=True))
             both["bleu1"].append(bleu.corpus_score(predictions, [references]).score / 100)
             both["rouge1"].append(np.mean([scorer.score(r, p)["rouge1"].fmeasure for p, r in chosen]))
         return {name: np.mean(values) for name, values in both.items()}
 
-    scores = score(rows, said, bootstrap=40, seed=1)
+    scores = score(rows, answers, bootstrap=40, seed=1)
     bounds = resampled(rows, plain, 40, 1)
     for name, value in plain(rows).items():
         figure = scores["tasks"]["t"]["figures"][name]
@@ -450,11 +450,11 @@ def test_open_questions_are_scored_as_corpora_with_intervals():
 
 def test_short_answers_of_ones_own_have_exact_match_and_balanced_accuracy():
     """Yes or no in words, ten times as often no: always "no" is right for most questions, and balanced half."""
-    rows, said = questions(132, subtasks=("x", "yy")), {}
+    rows, answers = questions(132, subtasks=("x", "yy")), {}
     for i, row in enumerate(rows):
         row.update(benchmark="jsonl", kind="text", answer="Yes." if i % 11 == 0 else "no", options=None, choices=None)
-        said[row["id"]] = "no" if i % 5 else ["yes", "Yes, a small one", " NO. "][i % 3]
-    right = {row["id"]: said[row["id"]].strip(" .").lower() == row["answer"].strip(".").lower() for row in rows}
+        answers[row["id"]] = "no" if i % 5 else ["yes", "Yes, a small one", " NO. "][i % 3]
+    right = {row["id"]: answers[row["id"]].strip(" .").lower() == row["answer"].strip(".").lower() for row in rows}
 
     def plain(part):
         by_subtask = [[right[row["id"]] for row in part if row["subtask"] == s] for s in ("x", "yy")]
@@ -464,7 +464,7 @@ def test_short_answers_of_ones_own_have_exact_match_and_balanced_accuracy():
             "balanced_accuracy": np.mean([np.mean(r) for r in by_answer if r]),
         }
 
-    found = score(rows, said, bootstrap=60, seed=2)["tasks"]["t"]
+    found = score(rows, answers, bootstrap=60, seed=2)["tasks"]["t"]
     bounds = resampled(rows, plain, 60, 2)
     assert plain(rows)["balanced_accuracy"] < plain(rows)["exact_match"] - 0.1
     for name, value in plain(rows).items():
@@ -474,21 +474,25 @@ def test_short_answers_of_ones_own_have_exact_match_and_balanced_accuracy():
     assert {"bleu1", "rouge1"} < set(found["figures"])
     part = [row for row in rows if row["subtask"] == "yy"]
     assert found["subtasks"]["yy"]["balanced_accuracy"]["value"] == pytest.approx(plain(part)["balanced_accuracy"])
-    always = score(rows, dict.fromkeys(said, "No"), bootstrap=0)["tasks"]["t"]["figures"]
+    always = score(rows, dict.fromkeys(answers, "No"), bootstrap=0)["tasks"]["t"]["figures"]
     assert always["exact_match"]["value"] > 0.85 and always["balanced_accuracy"]["value"] == 0.5
     for i, row in enumerate(rows):  # each answer once or twice: no balance to speak of
         row["answer"] = f"a sentence of its own {i // 2}"
-    assert "balanced_accuracy" not in score(rows, said, bootstrap=0)["tasks"]["t"]["figures"]
-    assert set(compare(rows, said, said, bootstrap=0)["tasks"]["t"]["figures"]) == {"exact_match", "bleu1", "rouge1"}
+    assert "balanced_accuracy" not in score(rows, answers, bootstrap=0)["tasks"]["t"]["figures"]
+    assert set(compare(rows, answers, answers, bootstrap=0)["tasks"]["t"]["figures"]) == {
+        "exact_match",
+        "bleu1",
+        "rouge1",
+    }
 
 
 def test_intervals_depend_on_the_seed_alone():
     rows = questions()
-    said = guesses(rows, 1)
-    once = score(rows, said, bootstrap=50, seed=3)
-    assert json.dumps(once, allow_nan=False) == json.dumps(score(rows, said, bootstrap=50, seed=3))
-    turned = score(rows[::-1], said, bootstrap=50, seed=3)["tasks"]["t"]["figures"]
-    other = score(rows, said, bootstrap=50, seed=4)["tasks"]["t"]["figures"]
+    answers = guesses(rows, 1)
+    once = score(rows, answers, bootstrap=50, seed=3)
+    assert json.dumps(once, allow_nan=False) == json.dumps(score(rows, answers, bootstrap=50, seed=3))
+    turned = score(rows[::-1], answers, bootstrap=50, seed=3)["tasks"]["t"]["figures"]
+    other = score(rows, answers, bootstrap=50, seed=4)["tasks"]["t"]["figures"]
     for name, figure in once["tasks"]["t"]["figures"].items():
         assert tuple(turned[name].values()) == pytest.approx(tuple(figure.values()), abs=1e-12)
         assert other[name]["low"] != figure["low"] or other[name]["high"] != figure["high"]
@@ -499,29 +503,29 @@ def test_an_interval_by_patients_is_wider_than_by_questions():
     rows = questions(60, patients=60)
     for i, row in enumerate(rows):
         row["patient"] = f"p{i:02d}"
-    said = guesses(rows, 1)
+    answers = guesses(rows, 1)
     many = [{**row, "id": f"{row['id']}-{k}"} for row in rows for k in range(10)]
-    one = score(rows, said, bootstrap=400)["tasks"]["t"]["figures"]["accuracy_micro"]
-    ten = score(many, {row["id"]: said[row["id"].split("-")[0]] for row in many}, bootstrap=400)
+    one = score(rows, answers, bootstrap=400)["tasks"]["t"]["figures"]["accuracy_micro"]
+    ten = score(many, {row["id"]: answers[row["id"].split("-")[0]] for row in many}, bootstrap=400)
     ten = ten["tasks"]["t"]["figures"]["accuracy_micro"]
     assert (ten["low"], ten["high"]) == pytest.approx((one["low"], one["high"]), abs=1e-12)
     alone = [{**row, "patient": "p"} for row in rows]
-    assert score(alone, said)["tasks"]["t"]["figures"]["accuracy_micro"]["low"] is None
+    assert score(alone, answers)["tasks"]["t"]["figures"]["accuracy_micro"]["low"] is None
 
 
 def test_what_does_not_match_is_refused():
     rows = questions(5)
-    said = guesses(rows, 1)
+    answers = guesses(rows, 1)
     with pytest.raises(ValueError, match="question q1: no prediction\n  prediction q9: no question"):
-        score(rows, {**{k: v for k, v in said.items() if k != "q1"}, "q9": "A"})
+        score(rows, {**{k: v for k, v in answers.items() if k != "q1"}, "q9": "A"})
     with pytest.raises(ValueError, match="2 rows have this id"):
-        score([*rows, rows[0]], said)
+        score([*rows, rows[0]], answers)
     with pytest.raises(ValueError, match="one benchmark at a time"):
-        score([rows[0], {**rows[1], "benchmark": "jsonl"}], said)
+        score([rows[0], {**rows[1], "benchmark": "jsonl"}], answers)
     with pytest.raises(ValueError, match="would know their answers"):
-        score(rows, said, train=rows)
+        score(rows, answers, train=rows)
     with pytest.raises(ValueError, match="expected questions of 3d-rad"):
-        score(rows, said, train=[{**rows[0], "benchmark": "jsonl"}])
+        score(rows, answers, train=[{**rows[0], "benchmark": "jsonl"}])
 
 
 def test_predictions_are_read_and_faults_named_by_line(tmp_path):
@@ -581,7 +585,7 @@ def test_comparison_is_paired():
         figure = found["figures"][name]["difference"]
         assert figure["value"] == pytest.approx(value, abs=1e-12)
         assert (figure["low"], figure["high"]) == pytest.approx(tuple(bounds[name]), abs=1e-12)
-    right = [[said[row["id"]] == row["answer"] for row in rows] for said in (first, second)]
+    right = [[answers[row["id"]] == row["answer"] for row in rows] for answers in (first, second)]
     alone = [sum(a and not b for a, b in zip(*order, strict=True)) for order in (right, right[::-1])]
     assert [found["mcnemar"][key] for key in ("first_alone", "second_alone")] == alone
     assert found["mcnemar"]["p"] == pytest.approx(binomtest(alone[0], sum(alone), 0.5).pvalue, rel=1e-9)
@@ -748,15 +752,15 @@ def test_overall_of_deeptumorvqa_is_that_of_its_module():
     rows = questions(150, letters="ABCD")
     for row in rows:
         row.update(benchmark="deeptumorvqa-2", task="mr"[len(row["subtask"]) % 2])
-    said = {key: f"Answer: {text}" if text == "C" else text for key, text in guesses(rows, 4).items()}
-    scores = score(rows, said, bootstrap=30)
+    answers = {key: f"Answer: {text}" if text == "C" else text for key, text in guesses(rows, 4).items()}
+    scores = score(rows, answers, bootstrap=30)
     assert scores["overall"]["score_micro"]["value"] == pytest.approx(scores["authors"]["overall"]["score"], abs=6e-5)
     right = np.mean([("A" if text.startswith("Answer") else text) == row["answer"]
-                     for row, text in zip(rows, said.values(), strict=True)])  # fmt: skip
+                     for row, text in zip(rows, answers.values(), strict=True)])  # fmt: skip
     assert scores["overall"]["score_micro"]["value"] == pytest.approx(right)
     for row in rows:
         row["benchmark"] = "deeptumorvqa-1-mc"
-    scores = score(rows, said, bootstrap=30)
+    scores = score(rows, answers, bootstrap=30)
     assert scores["overall"]["score_macro"]["value"] == pytest.approx(scores["authors"]["total"], abs=1e-12)
 
 
@@ -766,11 +770,11 @@ def test_free_text_of_version_1_is_scored_by_subtype():
         number = row["subtask"].startswith("organ")
         row.update(benchmark="deeptumorvqa-1-ft", kind="number" if number else "text", options=None, choices=None,
                    answer=str(10 + i) if number else "mild")  # fmt: skip
-    said = {row["id"]: "12" if row["kind"] == "number" else "mild"[: 4 - i % 2] for i, row in enumerate(rows)}
-    scores = score(rows, said, bootstrap=10)
+    answers = {row["id"]: "12" if row["kind"] == "number" else "mild"[: 4 - i % 2] for i, row in enumerate(rows)}
+    scores = score(rows, answers, bootstrap=10)
     means = []
     for subtask in ("organ volume measurement", "fatty liver"):
-        part = [(said[row["id"]], row["answer"]) for row in rows if row["subtask"] == subtask]
+        part = [(answers[row["id"]], row["answer"]) for row in rows if row["subtask"] == subtask]
         errors = (
             [abs(12 - float(r)) / float(r) for _, r in part] if subtask[0] == "o" else [1 - (p == r) for p, r in part]
         )
@@ -783,8 +787,8 @@ def test_free_text_of_version_1_is_scored_by_subtype():
 def test_the_table_shows_figures_baselines_and_what_was_left_out():
     rows = questions(60)
     extra = {**rows[0], "id": "open", "task": "o", "kind": "text", "answer": "x y", "options": None, "choices": None}
-    said = {**guesses(rows, 1), "open": "x"}
-    scores = score([*rows, extra], said, bootstrap=20)
+    answers = {**guesses(rows, 1), "open": "x"}
+    scores = score([*rows, extra], answers, bootstrap=20)
     text = table(scores)
     figure = scores["tasks"]["t"]["figures"]["accuracy_macro"]
     assert f"| t | 60 | accuracy_macro | {100 * figure['value']:.2f} [{100 * figure['low']:.2f}, " in text

@@ -119,8 +119,8 @@ def _existence(rows):
     counts = {name: np.zeros(5, dtype=int) for name in EXISTENCE}  # tp, tn, fp, fn, skipped
     for prediction, reference, kind, subtype in rows:
         if kind.lower().startswith("recognition") and _blank(subtype) in counts:
-            said, true = yes_or_no(prediction), yes_or_no(reference)
-            slot = 4 if said is None or true is None else (0 if said else 3) if true else (2 if said else 1)
+            found, true = yes_or_no(prediction), yes_or_no(reference)
+            slot = 4 if found is None or true is None else (0 if found else 3) if true else (2 if found else 1)
             counts[_blank(subtype)][slot] += 1
     parts = {name: _rates(count) for name, count in counts.items()}
     used = [part for part in parts.values() if part["questions"]]

@@ -11,11 +11,11 @@ Definitions, read in github.com/Schuture/DeepTumorVQA (`src/deeptumorvqa/eval/me
   letter. Where no letter is found, the answer is wrong;
 - "freeform": a numeric subtype has `mean_mra`, the mean of max(0, 1 - |p - r| / |r|) with the first number of each
   side (1 or 0 where r is 0), and shares within 5, 10, 20 and 50 %; questions whose reference has no number are left
-  out of the mean. This is another MRA than that of 1.0. A binary subtype is read as yes or no, from the answer's
-  begin or as a word, and has accuracy, sensitivity and specificity (no reading counts as "no" there). Any other
-  subtype is compared without case and punctuation;
+  out of the mean. This is another MRA than that of 1.0. A binary subtype is read as yes or no, at the answer's
+  beginning or as a word, and has accuracy, sensitivity and specificity (for these an unread answer counts as "no").
+  Any other subtype is compared without case and punctuation;
 - a super-type's figure and `overall` weigh subtypes by their questions (micro), from figures rounded to four digits,
-  as the leaderboard's are. The module's heading there says macro; its code is this.
+  as the leaderboard's are. The heading of their module says macro; its code does this.
 """
 
 import re
@@ -97,8 +97,8 @@ def score(prediction, reference, subtype, answer_format):
             return None
         return 0.0 if predicted is None else max(0.0, 1.0 - relative_error(predicted, true))
     if kind == "binary":
-        said = yes_or_no(prediction)
-        return float(bool(said) and said == yes_or_no(reference))
+        found = yes_or_no(prediction)
+        return float(bool(found) and found == yes_or_no(reference))
     return float(plain(prediction) == plain(reference))
 
 
@@ -119,8 +119,8 @@ def _subtype(pairs, subtype, answer_format):
         within = {f"within_{int(t * 100)}%": _mean([e <= t for e in errors], len(errors)) for t in TOLERANCES}
         figures |= within
     elif kind == "binary":
-        said = [(yes_or_no(without_thoughts(p)) == "yes", yes_or_no(r)) for p, r in pairs]
-        positive, negative = ([yes for yes, true in said if true == word] for word in ("yes", "no"))
+        found = [(yes_or_no(without_thoughts(p)) == "yes", yes_or_no(r)) for p, r in pairs]
+        positive, negative = ([yes for yes, true in found if true == word] for word in ("yes", "no"))
         figures["sensitivity"] = _mean(positive, len(positive))
         figures["specificity"] = _mean([not yes for yes in negative], len(negative))
     else:

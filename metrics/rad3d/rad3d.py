@@ -9,8 +9,8 @@ github.com/Tang-xiaoxiao/3D-RAD (`M3D/Bench/eval/eval_3DRAD.py`):
 - a figure is computed for each subtask (a file of the benchmark), and a task's figure is the plain mean of its
   subtasks';
 - closed, `accuracy` (Photon): prediction and reference are equal after white space is joined and letters are lowered;
-- closed, `accuracy_letter_dot` (3D-RAD): the reference's letter and a full stop, "B.", occur in the prediction. It is
-  for models that answer "B. No": a bare "B" is wrong by it;
+- closed, `accuracy_letter_dot` (3D-RAD): the reference's letter with a full stop, "B.", occurs in the prediction. It
+  is for models that answer "B. No": a bare "B" is wrong by this rule;
 - open, `bleu1` (Photon): BLEU of unigrams over the subtask as one corpus (`evaluate`'s bleu, max_order 1, no
   smoothing): clipped matches by predicted tokens, times exp(1 - r/p) where the predictions' p tokens are fewer than
   the references' r; tokens by mteval 13a, case kept;
@@ -19,8 +19,8 @@ github.com/Tang-xiaoxiao/3D-RAD (`M3D/Bench/eval/eval_3DRAD.py`):
   generator; that is this mean up to noise;
 - open, `bertscore` (Photon): mean F1 of bert_score, lang="en" (roberta-large).
 
-3D-RAD's own script averages BLEU-1 of single answers and leaves empty predictions out; Photon's table, which is
-followed here, does neither. Photon's script reads predictions back from a CSV, by which an empty one and "None"
+3D-RAD's script averages BLEU-1 of single answers and leaves empty predictions out; Photon's table does neither, and is
+followed here. Photon's script reads predictions back from a CSV, by which an empty one and "None"
 become "nan"; that is not repeated here: an empty prediction has no tokens.
 """
 
@@ -38,7 +38,7 @@ except ImportError:
 
 BERT = "roberta-large"  # what bert_score takes for English
 INSTALL = "pip install bert-score"
-PUNCTUATION = re.compile(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])")  # ASCII punctuation but ' , - .
+PUNCTUATION = re.compile(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])")  # ASCII punctuation except ' , - .
 BEFORE = re.compile(r"([^0-9])([\.,])")
 AFTER = re.compile(r"([\.,])([^0-9])")
 DASH = re.compile(r"([0-9])(-)")

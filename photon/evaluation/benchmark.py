@@ -13,8 +13,7 @@ class Benchmark:
     """A benchmark: where its files are, how they become rows, how an answer is read and scored.
 
     A subclass with a `name` is registered in `BENCHMARKS` when its file is imported. It sets the attributes without a
-    default and writes `rows`. It overrides the other methods where the
-    benchmark's authors have a rule of their own.
+    default and writes `rows`. It overrides the other methods where the benchmark's authors have another rule.
 
     Attributes:
         name: as `--benchmark` and the rows' `benchmark` have it.

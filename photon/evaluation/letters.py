@@ -1,4 +1,4 @@
-"""Reads a choice from an answer where a benchmark has no rule of its own."""
+"""Reads a choice from an answer, for benchmarks whose authors give no rule."""
 
 import re
 

@@ -19,11 +19,16 @@ MAX_ANSWERS = 20  # different ones, up to which balanced accuracy tells somethin
 METRICS = Path(__file__).resolve().parents[2] / "metrics"
 
 
+def check_installed():
+    """Raises `ImportError` with what to install where scores cannot be computed."""
+    if evaluate is None:
+        raise ImportError("Scoring needs evaluate and datasets: pip install -r requirements-train.txt")
+
+
 @cache
 def metric(name):
     """A module of `metrics/`, loaded by `evaluate` from this repository without network. Raises `ImportError`."""
-    if evaluate is None:
-        raise ImportError("Scoring needs evaluate; install it with: pip install evaluate")
+    check_installed()
     return evaluate.load(str(METRICS / name), keep_in_memory=True)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoProcessor, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from photon.configuration_photon import PhotonConfig
 from photon.evaluation.slices import axial_slices
@@ -209,6 +210,8 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
     if kind is None:
         raise RunError("--model has no config.json with a model_type; give a folder or Hub id of a model.")
     photon = kind == PhotonConfig.model_type
+    if not photon and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and "auto_map" not in config:
+        raise RunError(f"--model is a {kind}, which reads no pictures; give Photon or an image-text-to-text model.")
     if scheduling and not photon:
         raise RunError(f"{', '.join(scheduling)}: only Photon has a scheduler, and --model is a {kind}; leave it out.")
     options = {"revision": revision, "trust_remote_code": photon or trust_remote_code}

@@ -94,9 +94,10 @@ def _source(benchmark, source, volumes, split, revision):
     path = Path(source)
     if not path.exists():
         if "/" not in str(source) or not HUB_ID.fullmatch(str(source)):
+            hub = f", or a Hub id like {benchmark.hub}" if benchmark.hub else ""
             raise FileNotFoundError(
-                f"The questions of {benchmark.name} are not there; give their folder or file, or a Hub id like "
-                f"{benchmark.hub or 'owner/name'}.\n{benchmark.what_to_download()}"
+                f"The questions of {benchmark.name} are not there; give their folder or file{hub}.\n"
+                f"{benchmark.what_to_download()}"
             )
         path = _download(benchmark, str(source), split, revision)
     elif revision is not None:

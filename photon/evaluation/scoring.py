@@ -3,7 +3,7 @@
     scores = score(rows, {id: text}, train=train_rows)      # rows of photon.evaluation.questions.load_benchmark
     print(table(scores))                                    # photon.evaluation.table
 
-- `authors`: the benchmark's own figures, from `metrics/` (definitions and their sources are there);
+- `authors`: the benchmark's own figures, from `metrics/`, where their definitions and sources are;
 - `overall` and the tasks' `figures`: the headline figures with 95 % intervals by patient (`resampling`);
 - `baselines`: what is right without a scan, each with what it was fitted on (`baselines`).
 """

@@ -1,4 +1,4 @@
-"""Questions of your own, as JSON lines in the training format."""
+"""Your questions, as JSON lines in the training format."""
 
 import re
 
@@ -7,7 +7,6 @@ from photon.evaluation.measures import Short
 from photon.evaluation.records import json_records
 from photon.evaluation.scans import patient_of
 from photon.rows import RowError
-from photon.training.data import load_rows
 
 
 class OwnQuestions(Benchmark):
@@ -19,6 +18,8 @@ class OwnQuestions(Benchmark):
 
     def rows(self, source):
         """Training rows; `kind`, `subtask`, `patient`, `options` and `choices` are taken where a row gives them."""
+        from photon.training.data import load_rows  # needs datasets, which other benchmarks do not
+
         good = load_rows(source.file, volume_root=source.scans.root)
         for (place, record), row in zip(json_records(source), good, strict=True):
             try:
