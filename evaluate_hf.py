@@ -177,7 +177,10 @@ def run(args):
 def main(argv=None):
     args = parse(argv)
     transformers.utils.logging.set_verbosity_error()
-    with one_line_faults("Out of memory. Lower --batch-size, and give a new --output: another size is another run."):
+    with one_line_faults(
+        out_of_memory="Out of memory. Lower --batch-size, and give a new --output: another size is another run.",
+        interrupted="Stopped. Give the same command again to go on.",
+    ):
         run(args)
 
 

@@ -544,15 +544,15 @@ def test_wrong_arguments(capsys, data):
     for more, named in [
         ([], "--model"),
         (["--model", "m", "--score", "f"], "--score"),
-        (["--model", "m"], "--output"),
-        (["--model", "m", "--output", __file__], "is a file"),
+        (["--model", "o/m"], "--output"),
+        (["--model", "o/m", "--output", __file__], "is a file"),
         (["--score", "no_such_file.jsonl"], "no file no_such_file.jsonl"),
         (["--compare", __file__, "no_such_file.jsonl"], "no file no_such_file.jsonl"),
         (["--model", "./no/such/folder", "--output", "o"], "no Hub id"),
-        (["--model", "m", "--output", "o", "--token-budget", "3", "--scheduler", "off"], "exclude"),
-        (["--model", "m", "--output", "o", "--keep-ratio", "1.5"], "--keep-ratio"),
-        (["--model", "m", "--output", "o", "--window", "3", "3"], "--window"),
-        (["--model", "m", "--output", "o", "--batch-size", "0"], "above 0"),
+        (["--model", "o/m", "--output", "o", "--token-budget", "3", "--scheduler", "off"], "exclude"),
+        (["--model", "o/m", "--output", "o", "--keep-ratio", "1.5"], "--keep-ratio"),
+        (["--model", "o/m", "--output", "o", "--window", "3", "3"], "--window"),
+        (["--model", "o/m", "--output", "o", "--batch-size", "0"], "above 0"),
     ]:
         with pytest.raises(SystemExit):
             evaluate_hf.parse([*plain, *more])
@@ -569,6 +569,17 @@ def test_a_model_that_reads_no_pictures_is_refused_in_one_line(capsys, data, tmp
         error.splitlines()[-1]
         == "--model is a gpt2, which reads no pictures; give Photon or an image-text-to-text model."
     )
+
+
+def test_an_interrupted_run_says_how_to_go_on(capsys, data, talker, tmp_path, monkeypatch):
+    def interrupt(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation_run, "load_model", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_hf.main(arguments(data, talker, tmp_path / "run"))
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "Stopped. Give the same command again to go on.\n"
 
 
 def test_missing_libraries_are_named_before_anything_is_answered(data, tmp_path):

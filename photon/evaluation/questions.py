@@ -93,7 +93,7 @@ def _source(benchmark, source, volumes, split, revision):
         raise RowError(f"{benchmark.name} has no split {split!r}; known are {', '.join(benchmark.splits)}.")
     path = Path(source)
     if not path.exists():
-        if "/" not in str(source) or not HUB_ID.fullmatch(str(source)):
+        if not HUB_ID.fullmatch(str(source)):
             hub = f", or a Hub id like {benchmark.hub}" if benchmark.hub else ""
             raise FileNotFoundError(
                 f"The questions of {benchmark.name} are not there; give their folder or file{hub}.\n"
