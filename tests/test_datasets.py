@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 import conftest
 from photon.evaluation import questions
@@ -450,6 +451,56 @@ def test_own_questions(tmp_path):
     assert "own.jsonl line 4: its id is that of own.jsonl line 3" in message
     file.write_text('{"messages": []}\n')
     assert "own.jsonl line 1" in faults("jsonl", file)
+
+
+def as_set(lines):
+    keys = dict.fromkeys(key for line in lines for key in line)  # `from_list` takes those of the first row
+    return Dataset.from_list([{key: line.get(key) for key in keys} for line in lines])
+
+
+def forms(lines, folder):
+    """{name: (source, split)}: the same rows in every form that a set of `datasets` has."""
+    data = as_set(lines)
+    other = data.select([0])
+    both = DatasetDict({"train": other, "test": data})
+    data.to_parquet(folder / "rows.parquet")
+    data.save_to_disk(folder / "saved")
+    both.save_to_disk(folder / "dict")
+    DatasetDict({"train": other, "fold2": data}).save_to_disk(folder / "folds")
+    (folder / "parquet").mkdir()
+    data.to_parquet(folder / "parquet" / "part.parquet")
+    (folder / "splits").mkdir()
+    data.to_parquet(folder / "splits" / "test.parquet")
+    other.to_parquet(folder / "splits" / "train.parquet")
+    found = {name: (folder / name, None) for name in ("rows.parquet", "saved", "dict", "parquet", "splits")}
+    found |= {"in memory": (data, None), "of two": (both, None), "stream": (data.to_iterable_dataset(), None)}
+    return found | {"folds": (folder / "folds", "fold2")}
+
+
+def test_own_questions_come_from_sets_of_datasets(tmp_path, capsys):
+    """Arrow gives each row the keys of all rows, empty where it had none."""
+    lines = [
+        {"messages": [{"role": "user", "content": "<volume>How many?"}, {"role": "assistant", "content": "12"}],
+         "volumes": ["a.nii.gz"], "task": "count"},
+        {"messages": [{"role": "user", "content": "<volume>Grown?"}, {"role": "assistant", "content": "B"}],
+         "volumes": ["b/x.nii.gz"], "options": {"A": "yes", "B": "no"}, "id": "own", "patient": "p9"},
+        {"messages": [{"role": "user", "content": "<volume>Which?"}, {"role": "assistant", "content": "A"}],
+         "volumes": ["b/x.nii.gz"], "options": {"A": "liver", "B": "lung", "C": "none"}, "subtask": "s"},
+    ]  # fmt: skip
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = questions.load_benchmark("jsonl", file, volumes=tmp_path)
+    assert [row["choices"] for row in expected] == [None, ["A", "B"], ["A", "B", "C"]]
+    (tmp_path / "sets").mkdir()
+    for name, (source, split) in forms(lines, tmp_path / "sets").items():
+        assert questions.load_benchmark("jsonl", source, volumes=tmp_path, split=split) == expected, name
+    train = questions.load_benchmark("jsonl", tmp_path / "sets" / "dict", volumes=tmp_path, split="train")
+    assert train == expected[:1]
+    message = faults("jsonl", tmp_path / "sets" / "folds", volumes=tmp_path)
+    assert "no split 'test'; it has train, fold2" in message and "--split" in message
+    lines[1]["options"] = {"A": "yes"}
+    message = faults("jsonl", as_set(lines), volumes=tmp_path)
+    assert "row 1: its answer 'B' is none of the choices A" in message
 
 
 @pytest.mark.parametrize("name", ["3d-rad", "deeptumorvqa-1-mc", "deeptumorvqa-2", "m3d-vqa", "ct-rate-vqa", "jsonl"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -475,6 +476,26 @@ def test_swapped_run_sees_other_scans(capsys, data, talker, tmp_path):
     right, _ = run(capsys, folder, talker, tmp_path / "right")
     wrong, _ = run(capsys, folder, talker, tmp_path / "wrong", "--swap-scans")
     assert sum(right[name] != wrong[name] for name in right) > len(right) / 2
+
+
+def test_scans_that_a_set_holds_as_bytes(capsys, data, talker, tmp_path, monkeypatch):
+    """The same answers as from paths; and a second process, whose files have other names, finds the run finished."""
+    rows = [row for row in rows_of(data) if row["id"].startswith("q/")][:8]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected, _ = run(capsys, folder, talker, tmp_path / "paths")
+    embedded = [{**row, "volumes": [{"path": None, "bytes": Path(row["volumes"][0]).read_bytes()}]} for row in rows]
+    Dataset.from_list(embedded).save_to_disk(folder / "set")
+    command = arguments(folder, talker, tmp_path / "bytes")
+    command[command.index("--data") + 1] = str(folder / "set")
+    evaluate_hf.main(command)
+    found = (tmp_path / "bytes" / "predictions.jsonl").read_text()
+    assert {record["id"]: record for record in map(json.loads, found.splitlines())} == expected
+    monkeypatch.setattr(evaluation_run, "load_model", None)
+    evaluate_hf.main(command)
+    assert (tmp_path / "bytes" / "predictions.jsonl").read_text() == found
+    capsys.readouterr()
 
 
 def test_faulty_questions_are_named_by_line(capsys, data, talker, tmp_path):

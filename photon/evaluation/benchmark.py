@@ -54,6 +54,11 @@ class Benchmark:
         """The split of training questions, for the baselines; the default split where there is no other."""
         return "train" if "train" in self.splits else self.default_split
 
+    def check_split(self, split):
+        """Raises `RowError` where the benchmark has no such split."""
+        if split not in self.splits:
+            raise RowError(f"{self.name} has no split {split!r}; known are {', '.join(self.splits)}.")
+
     def files(self, folder: Path, split: str):
         """The question files of a split in a folder: one file; empty where there is none. Raises `RowError`."""
         for pattern in self.splits[split]:

@@ -25,7 +25,8 @@ def load_benchmark(name, source, *, volumes=None, split=None, revision=None, tas
 
     Args:
         name: one of `BENCHMARKS`.
-        source: folder or file of its questions, or a Hub id (only questions are downloaded, never scans).
+        source: folder or file of its questions, or a Hub id (only questions are downloaded, never scans); of your own
+            questions ("jsonl") also a set of `datasets`, in memory or streamed.
         volumes: folder in which scans are searched by name, at any depth; default the folder of the questions.
         split: default the test split.
         revision: branch, tag or commit of a Hub id.
@@ -89,8 +90,9 @@ def _benchmark(name):
 
 def _source(benchmark, source, volumes, split, revision):
     split = split or benchmark.default_split
-    if split not in benchmark.splits:
-        raise RowError(f"{benchmark.name} has no split {split!r}; known are {', '.join(benchmark.splits)}.")
+    benchmark.check_split(split)
+    if not isinstance(source, str | Path):  # a set of `datasets`
+        return Source(benchmark, split, [source], Path(), ScanFolder(Path(volumes or "")))
     path = Path(source)
     if not path.exists():
         if not HUB_ID.fullmatch(str(source)):

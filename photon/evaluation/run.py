@@ -121,8 +121,11 @@ def identity(settings, rows, device):
 
 
 def _relative(path, root):
-    """A path from the folder of scans, so that a run goes on after the folder was moved."""
-    return os.path.relpath(path, root) if root else str(path)
+    """A path from the folder of scans, so that a run goes on after the folder was moved. A scan that came as bytes has
+    a name that its content decides, in a folder that changes."""
+    from photon.training.sources import content_name  # needs datasets
+
+    return content_name(path) or (os.path.relpath(path, root) if root else str(path))
 
 
 def fingerprint(model, revision):

@@ -18,6 +18,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from photon.rows import RowError, read_rows
 
 GZIP = b"\x1f\x8b"
+TEMPORARY = "photon-scans-"  # how the name of a folder of `EmbeddedScans` begins
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `save_to_disk` leaves in a folder
 
 
@@ -77,6 +78,12 @@ def _of_set(data, split, place):
         yield f"{place} {number}", fault or record
 
 
+def content_name(path):
+    """The name of a file that `EmbeddedScans` wrote to a folder of its own, which its content decides; else `None`."""
+    path = Path(path)
+    return path.name if path.parent.name.startswith(TEMPORARY) else None
+
+
 class EmbeddedScans:
     """Files for scans that a set holds as bytes, as a parquet file of the `Nifti` feature does.
 
@@ -89,7 +96,7 @@ class EmbeddedScans:
     def path(self, content):
         """The path of a file with these bytes, a NIfTI image."""
         if self.folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="photon-scans-"))
+            self.folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
             atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         suffix = ".nii.gz" if content.startswith(GZIP) else ".nii"

@@ -1,10 +1,11 @@
-"""Your questions, as JSON lines in the training format."""
+"""Your questions: rows of the training format, as JSON lines or a set of `datasets`."""
 
+import json
 import re
+from pathlib import Path
 
 from photon.evaluation.benchmark import Benchmark
 from photon.evaluation.measures import Short
-from photon.evaluation.records import json_records
 from photon.evaluation.scans import patient_of
 from photon.rows import RowError
 
@@ -13,15 +14,29 @@ class OwnQuestions(Benchmark):
     name = "jsonl"
     title = "questions of your own, in the training format"
     splits = {"test": ("*.jsonl",)}
-    questions = "a .jsonl file of rows as for training (README)"
+    train_split = "train"
+    questions = "rows as for training (README): .jsonl, .parquet, or a folder of save_to_disk or of parquet files"
     scans = "those that the rows name, relative to volumes"
+
+    def check_split(self, split):
+        """Any: a set of `datasets` names its own splits."""
+
+    def files(self, folder, split):
+        from photon.training.sources import SAVED
+
+        if any((folder / name).is_file() for name in SAVED):
+            return [folder]
+        return super().files(folder, self.default_split) or ([folder] if any(folder.rglob("*.parquet")) else [])
 
     def rows(self, source):
         """Training rows; `kind`, `subtask`, `patient`, `options` and `choices` are taken where a row gives them."""
         from photon.training.data import load_rows  # needs datasets, which other benchmarks do not
+        from photon.training.sources import read_records
 
-        good = load_rows(source.file, volume_root=source.scans.root)
-        for (place, record), row in zip(json_records(source), good, strict=True):
+        file = source.file
+        split = _split(file, source.split)
+        good = load_rows(file, split, source.scans.root)
+        for (place, record), row in zip(read_records(file, split), good, strict=True):
             try:
                 yield place, _row(record, row)
             except RowError as error:
@@ -32,10 +47,30 @@ class OwnQuestions(Benchmark):
         return Short(rows, texts) if self.rule(rows[0]) == "text" else super().measure(rows, texts)
 
 
+def _split(file, wanted):
+    """The split to read: `wanted`, or the only one; `None` where there are no splits."""
+    if isinstance(file, dict):  # `DatasetDict`
+        names = list(file)
+    elif not isinstance(file, Path) or file.is_file():
+        return None
+    elif (file / "dataset_dict.json").is_file():
+        names = json.loads((file / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    elif any(file.glob("*.arrow")):  # a single set of `save_to_disk`
+        return None
+    else:
+        from datasets import get_dataset_split_names
+
+        names = get_dataset_split_names(str(file))
+    if wanted not in names and len(names) > 1:
+        raise RowError(f"The set has no split {wanted!r}; it has {', '.join(names)}. Name one by --split.")
+    return wanted if wanted in names else names[0]
+
+
 def _row(record, row):
     options = record.get("options")
     if options is not None and not isinstance(options, dict):
         raise RowError('its options are not an object like {"A": text}')
+    options = options and {letter: text for letter, text in options.items() if text is not None}  # Arrow's filling
     choices = record.get("choices") or (list(options) if options else None)
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", row["answer"])
     kind = record.get("kind") or ("choice" if choices else "number" if number else "text")
