@@ -3,8 +3,7 @@
 - `CutDecoder`: the loop over a decoder's layers that scores, cuts, and goes on with the short sequence. It knows
   nothing of Qwen2.5-VL; a decoder of another family mixes it in and gives it a scoring layer;
 - `PhotonDecoderLayer`: Qwen2.5-VL's layer, which also gives the queries and keys by which tokens are scored;
-- `PhotonTextModel`: the two together;
-- `PhotonCache`: a key-value cache that knows what was cut from it.
+- `PhotonTextModel`: the two together.
 """
 
 from dataclasses import dataclass
@@ -24,72 +23,25 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_photon import PhotonConfig
-from .prompt_photon import real_places
+from .prefix_photon import PrefixDecoder
+from .prompt_photon import Cut, PhotonCache, layout_of, real_places
 from .scheduling_photon import (
     Float32Linear,
     ScanRequest,
     ScheduleFields,
     SchedulerInputs,
     TokenScheduler,
-    cut_index,
     gather_places,
+    padded_places,
     scatter_places,
+    stays,
 )
 from .scheduling_surrogate_photon import gate_mask, soft_weight, surrogate_gather
-
-# === The cache =======================================================================================================
-
-
-@dataclass
-class Cut:
-    """What a cache remembers of its cut."""
-
-    mask: torch.Tensor  # (B, S') bool: which places of the short prompt are real
-    dropped: int  # S - S': by how much the short prompt is shorter
-    first_layer: int  # layers below hold the whole prompt
-    keep_mask: torch.Tensor  # (B, V) bool: which visual tokens stayed
-    visual_count: torch.Tensor  # (B,): of how many
-    threshold: torch.Tensor  # (B, 1)
-
-    def attention_mask(self, attention_mask, stored, new):
-        """(B, stored + new) for a layer that holds `stored` places of a short prompt and what followed it.
-
-        attention_mask (B, S + ...) of the unpruned sequence, or `None` where nothing in it is padding.
-        """
-        short = self.mask[:, :stored]  # shorter than the prompt if candidates of prompt lookup were taken back
-        if attention_mask is None:
-            rest = self.mask.new_ones(short.shape[0], stored + new - short.shape[1])
-        else:
-            rest = attention_mask[:, short.shape[1] + self.dropped : stored + self.dropped + new].bool()
-        return torch.cat([short, rest.to(short.device)], dim=-1)
-
-
-class PhotonCache(DynamicCache):
-    """A `DynamicCache` whose length is the number of tokens of the conversation, including those cut from it.
-
-    After a prompt with scans `cache.cut` tells which visual tokens stayed; generation returns the cache as
-    `past_key_values` with `return_dict_in_generate=True`.
-    """
-
-    cut: Cut | None = None
-    rope_deltas: torch.Tensor | None = None
-
-    def get_seq_length(self, layer_idx=0):
-        stored = super().get_seq_length(layer_idx)
-        return stored + self.cut.dropped if stored and self.cut and layer_idx >= self.cut.first_layer else stored
-
-    def get_query_offset(self, layer_idx=0):
-        return super().get_seq_length(layer_idx)
-
-    def reset(self):
-        super().reset()
-        self.cut = self.rope_deltas = None
-
 
 # === The cut =========================================================================================================
 
 
-class CutDecoder:
+class CutDecoder(PrefixDecoder):
     """Runs a decoder's layers with one cut among them. Mixed into a text model of transformers.
 
     It uses the model's `config`, `layers`, `rotary_emb(states, position_ids)`, and
@@ -104,16 +56,29 @@ class CutDecoder:
         return max(self.photon.scheduler_layer, 0)
 
     def run_layers(
-        self, hidden_states, attention_mask, position_ids, text_positions, past_key_values, scan, **options
+        self,
+        hidden_states,
+        attention_mask,
+        position_ids,
+        text_positions,
+        past_key_values,
+        scan,
+        prefix=None,
+        **options,
     ):
         """The layers' output.
 
         Args: hidden_states (B, S, D) embeddings; attention_mask (B, S) or as the model takes it; position_ids
             (3, B, S) or what `rotary_emb` takes, places last; text_positions (B, S) or `None`; scan: `ScanRequest`, or
-            `None` to cut nothing; options: of each layer.
+            `None` to cut nothing; prefix: `ScanPrefix` of B rows, or `None`: hidden_states (B, T, D) are then of the
+            text behind it alone, and all else is of S = P + T places; options: of each layer.
         Returns: hidden states (B, S', D) before the last norm, `Schedule` or `None`, keep_index (B, S') or `None`.
         """
-        embeddings = self.rotary_emb(hidden_states, position_ids)
+        cut_layer, length = self.photon.scheduler_layer + 1, position_ids.shape[-1]
+        embeddings = self.rotary_emb(hidden_states, position_ids[..., -hidden_states.shape[1] :])
+        below, above = range(cut_layer), range(cut_layer, len(self.layers))
+        if prefix is not None:
+            prefix.fill(past_key_values, below)
 
         def run(layer, hidden_states, **score):
             return layer(
@@ -126,38 +91,74 @@ class CutDecoder:
                 **options,
             )
 
-        schedule = keep_index = None
-        cut_layer, length = self.photon.scheduler_layer + 1, hidden_states.shape[1]
-        mask = self._mask(hidden_states, attention_mask, past_key_values, 0, text_positions)
+        schedule = keep_index = held = None
+        mask = self._mask(hidden_states, attention_mask, past_key_values, 0, text_positions, cut=prefix is None)
         for i, layer in enumerate(self.layers):
             if i == cut_layer and getattr(past_key_values, "cut", None) is not None and keep_index is None:
                 mask = self._mask(hidden_states, attention_mask, past_key_values, i)
-            if scan is None or i != self.scoring_layer:
+            if i != self.scoring_layer or (scan is None and prefix is None):
                 hidden_states = run(layer, hidden_states)
                 continue
             # --- the cut: score with this layer, decide, go on with what stays
-            scan = scan.to(hidden_states.device)  # this layer's; masks and scheduler may live on others
-            if cut_layer == 0:
-                scores = run(layer, hidden_states, score=self.score_places(scan), score_only=True)
-            else:
-                hidden_states, scores = run(layer, hidden_states, score=self.score_places(scan))
-            inputs = self.scheduler_inputs(scan, scores, hidden_states, layer)
-            schedule = self.scheduler(inputs).to(hidden_states.device)
-            hidden_states, gate = self._weigh(hidden_states, scan, schedule)
-            if self._phase == "hard":
-                keep_index = cut_index(scan.visual_mask, schedule.keep_mask, scan.real)  # (B, S')
-                hidden_states, gate = self._gather(hidden_states, scan, schedule, keep_index, gate)  # (B, S', D)
-                position_ids = torch.stack([gather_places(axis, keep_index) for axis in position_ids])
+            scan = scan and scan.to(hidden_states.device)  # this layer's; masks and scheduler may live on others
+            hidden_states, scores = self._score(run, layer, hidden_states, scan, prefix)
+            if prefix is not None and (scan is not None or prefix.reuse == "exact"):
+                hidden_states = prefix.joined(hidden_states)  # (B, S, D)
+            gate = None
+            if scan is not None:
+                inputs = self.scheduler_inputs(scan, scores, hidden_states, layer)
+                schedule = self.scheduler(inputs).to(hidden_states.device)
+                if prefix is not None:
+                    prefix.check_schedule(schedule)
+                hidden_states, gate = self._weigh(hidden_states, scan, schedule)
+            if scan is not None and self._phase == "hard":
+                stay = stays(scan.visual_mask, schedule.keep_mask, scan.real)
+                keep_index = fresh = padded_places(stay)  # (B, S')
+                if prefix is not None:
+                    held, fresh = prefix.held_and_fresh(stay)
+                    keep_index = torch.cat([held, fresh], dim=1)
+                    prefix.fill(past_key_values, above, held if prefix.reuse == "select" else None)
+                hidden_states, gate = self._gather(hidden_states, scan, schedule, fresh, gate)  # (B, S', D)
+                position_ids = torch.stack([gather_places(axis, fresh) for axis in position_ids])
                 embeddings, text_positions = self.rotary_emb(hidden_states, position_ids), None
                 if past_key_values is not None:
                     self._cut_cache(past_key_values, keep_index, length, schedule)
-                if cut_layer < len(self.layers):
+                if above:
                     mask = self._mask(hidden_states, keep_index >= 0, past_key_values, cut_layer, cut=False)
-            if gate is not None and cut_layer < len(self.layers):
+            elif prefix is not None:  # nothing is cut
+                if prefix.reuse == "select":
+                    prefix.fill(past_key_values, above)
+                    keep_index = prefix.text_places(attention_mask)
+                embeddings = self.rotary_emb(hidden_states, position_ids[..., -hidden_states.shape[1] :])
+                if above:
+                    mask = self._mask(hidden_states, attention_mask, past_key_values, cut_layer, cut=False)
+            if gate is not None and above:
                 mask = self._gated(mask, gate, hidden_states)
             if cut_layer == 0:
                 hidden_states = run(layer, hidden_states)
+        if held is not None:
+            hidden_states, keep_index = prefix.whole(hidden_states, held, fresh)
         return hidden_states, schedule, keep_index
+
+    def _score(self, run, layer, hidden_states, scan, prefix):
+        """Hidden states behind the scoring layer (in front of it where the cut is before layer 0), and its queries and
+        keys by name."""
+        first = self.photon.scheduler_layer < 0
+        if scan is None:
+            return hidden_states if first else run(layer, hidden_states), None
+        queries, keys = self.score_places(scan)
+        if prefix is not None:  # the text's are computed, the scan's are there
+            del keys["visual_keys"]
+            queries, keys = (
+                {name: index - prefix.length for name, index in places.items()} for places in (queries, keys)
+            )
+            if "keys" in keys:
+                keys["keys"] = keys["keys"][:, prefix.length :]
+        if first:
+            scores = run(layer, hidden_states, score=(queries, keys), score_only=True)
+        else:
+            hidden_states, scores = run(layer, hidden_states, score=(queries, keys))
+        return hidden_states, scores if prefix is None else prefix.with_scores(scores, scan.visual_index)
 
     @property
     def _phase(self):
@@ -221,10 +222,10 @@ class CutDecoder:
 
     def _mask(self, hidden_states, attention_mask, past_key_values, layer, positions=None, cut=True):
         """The causal mask for a layer, from the unpruned sequence's 2D mask, or from the layer's own if not `cut`."""
-        state = getattr(past_key_values, "cut", None) if cut else None
-        if state is not None and layer >= state.first_layer:
+        layout = layout_of(past_key_values, layer) if cut else None
+        if layout is not None:
             stored = past_key_values.layers[layer].get_seq_length()
-            attention_mask = state.attention_mask(attention_mask, stored, hidden_states.shape[1])
+            attention_mask = layout.attention_mask(attention_mask, stored, hidden_states.shape[1])
         return create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
@@ -386,19 +387,21 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         flip: torch.BoolTensor | None = None,
         row_weight: torch.FloatTensor | None = None,
         scheduler_features: dict | None = None,
+        prefix=None,
         **kwargs,
     ) -> PhotonModelOutputWithPast:
         """
         Args beyond the parent's: visual_mask, question_mask (B, S) bool, places of visual tokens and of the question;
             without them nothing is scheduled. keep_count (B,): keep so many. flip (B,) bool: keep the others.
-            row_weight (B,): each row's share of the loss. scheduler_features: see `ScanRequest`.
+            row_weight (B,): each row's share of the loss. scheduler_features: see `ScanRequest`. prefix:
+            see `run_layers`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Pass exactly one of input_ids or inputs_embeds.")
-        if use_cache and past_key_values is None:
+        if past_key_values is None and (use_cache or prefix is not None):
             past_key_values = PhotonCache(config=self.config)
         if past_key_values is not None and past_key_values.get_seq_length() == 0:
-            past_key_values.cut = None  # a cache that was emptied may still carry its last cut
+            past_key_values.cut = past_key_values.prompt = None  # an emptied cache may still carry its last prompt's
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
@@ -429,6 +432,7 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             text_positions,
             past_key_values,
             scan,
+            prefix,
             use_cache=use_cache,
             **kwargs,
         )
@@ -436,7 +440,7 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             hidden_states = hidden_states + self._touch_scheduler().to(hidden_states.dtype)
         return PhotonModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if use_cache or prefix is None else None,
             keep_index=keep_index,
             **({} if schedule is None else schedule.outputs()),
         )

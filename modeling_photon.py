@@ -5,7 +5,8 @@ What differs from Qwen2.5-VL, and nothing else:
   scan and question;
 - `PhotonForConditionalGeneration`: labels cut alike, the losses, the phases, what generation must refuse;
 - `PhotonTextModel` (`decoder_photon.py`): the cut;
-- `PhotonCache` (`decoder_photon.py`): a `DynamicCache` that knows what was cut.
+- `PhotonCache` (`prompt_photon.py`): a `DynamicCache` that knows what was cut;
+- `ScanPrefix` (`prefix_photon.py`): a scan that was read once, for many questions.
 The method itself is in `scheduling_photon.py` (which tokens stay) and `scheduling_surrogate_photon.py` (how the cut
 learns), its objectives in `objectives_photon.py`.
 """
@@ -23,11 +24,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import can_return_tuple
 
-from .decoder_photon import PhotonCache, PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel
+from .decoder_photon import PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel
 from .objectives_photon import Objective, PhotonCausalLMOutputWithPast, all_losses, full_length
+from .prefix_photon import PrefixModel
 from .prompt_photon import (
     NO_MASKS,
     NO_TOKEN_TYPES,
+    PhotonCache,
     PhotonVisionOutput,
     PromptPositions,
     check_scan,
@@ -50,10 +53,12 @@ if TYPE_CHECKING:  # never run; `save_pretrained` copies the files that a module
     from .processing_photon import PhotonProcessor  # noqa: F401
 
 PHASES = ("dense", "soft", "hard")
-SCAN_INPUTS = ("pixel_values_videos", "video_grid_thw", "volume_index", "mm_encoder_outputs", "mm_token_type_ids")
+SCAN_INPUTS = (
+    "pixel_values_videos", "video_grid_thw", "volume_index", "mm_encoder_outputs", "mm_token_type_ids", "scan"
+)  # fmt: skip
 
 
-class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
+class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
     """Vision tower and decoder of Photon: volumes and text in, hidden states out."""
 
     def __init__(self, config):
@@ -135,6 +140,7 @@ class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
         use_scheduler: bool | None = None,
         flip: torch.BoolTensor | None = None,
         row_weight: torch.FloatTensor | None = None,
+        scan=None,
         **kwargs,
     ) -> PhotonModelOutputWithPast:
         """
@@ -148,6 +154,8 @@ class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
             use_scheduler: False answers from all visual tokens; default `config.use_scheduler`, or True with a budget.
             flip (B,) bool: rows that keep what they would drop.
             row_weight (B,): each row's share of the loss, for the surrogate gradient.
+            scan: `ScanPrefix` of `encode_scan`, with which the prompts begin; vision and the layers below the cut are
+                not run on it again. With it, pixel_values_videos need not be passed; if it is, it must be the same.
         Raises: `ValueError` where masks, marks and volumes do not fit together; it says which row.
         """
         refuse_static(attention_mask, past_key_values)
@@ -158,12 +166,17 @@ class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
             raise ValueError("use_scheduler=False keeps all tokens; drop it, or token_budget and keep_ratio.")
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
         visual = visual_places(input_ids, inputs_embeds, visual_mask, self.config)
-        given = pixel_values_videos is not None or bool(mm_encoder_outputs) or kwargs.get("pixel_values") is not None
+        scan = scan if fresh else None
+        if scan is not None:
+            scan = self.prefix_for(input_ids, scan, pixel_values_videos, video_grid_thw, volume_index)
+            pixel_values_videos = mm_encoder_outputs = None
+        given = scan is not None or pixel_values_videos is not None or bool(mm_encoder_outputs)
+        given = given or kwargs.get("pixel_values") is not None
         # in later calls the mark of a volume can only be a word that the model wrote
         has_scan = visual is not None and (fresh or given) and bool(visual.any())
         if fresh and visual is None and use_scheduler:
             raise ValueError(NO_MASKS)
-        if has_scan:
+        if has_scan and scan is None:
             check_scan(visual, fresh, given or input_ids is None, position_ids, mm_token_type_ids)
         if pixel_values_videos is not None:
             # encoded here, so that the arguments of the decoder do not reach the vision tower's attention
@@ -186,21 +199,29 @@ class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
                 "keep_count": keep_counts(visual.sum(-1), token_budget, keep_ratio),
                 "flip": flip,
                 "row_weight": row_weight,
-                "scheduler_features": self._scheduler_features(input_ids, visual, question_mask, mm_encoder_outputs),
+                "scheduler_features": self._scheduler_features(
+                    input_ids, visual, question_mask, mm_encoder_outputs, scan
+                ),
             }
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **schedule,
+        shared = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
             **kwargs,
-        )
+        }
+        if scan is None:
+            outputs = super().forward(
+                inputs_embeds=inputs_embeds,
+                video_grid_thw=video_grid_thw,
+                mm_token_type_ids=mm_token_type_ids,
+                mm_encoder_outputs=mm_encoder_outputs,
+                **shared,
+                **schedule,
+            )
+        else:
+            outputs = self.answer_behind(scan, visual, schedule, **shared)
         if fresh and outputs.past_key_values is not None:
             if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
                 self.rope_deltas = rope_deltas(position_ids, attention_mask)
@@ -208,17 +229,21 @@ class PhotonModel(PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
             outputs.past_key_values.rope_deltas = self.rope_deltas
         return outputs
 
-    def _scheduler_features(self, input_ids, visual, question_mask, mm_encoder_outputs):
+    def _scheduler_features(self, input_ids, visual, question_mask, mm_encoder_outputs, scan):
         """What the scheduler needs beside the scoring layer, by the names of `SchedulerInputs`; (B, V, ...) each."""
         needs, features = self.language_model.scheduler.needs, {}
         if needs & {"vision", "coordinates"}:
             lists = getattr((mm_encoder_outputs or {}).get("video"), "deepstack_features", None)
-            if lists is None:
+            if scan is not None and scan.features:
+                features = dict(scan.features)
+            elif lists is None:
                 raise ValueError(
                     "The scheduler needs the scan's grid or the vision tower's attention, but the encoded scan does "
-                    "not carry them. Encode it with get_video_features after set_scheduler, and pass its whole output."
+                    "not carry them. Encode it with get_video_features or encode_scan after set_scheduler, and pass "
+                    "the whole output."
                 )
-            features = scheduler_features(lists, visual)
+            else:
+                features = scheduler_features(lists, visual)
         if needs & {"row_number", "sequence"}:
             if input_ids is None:
                 raise ValueError("The scheduler needs the prompt's words; pass input_ids, not inputs_embeds.")
@@ -259,9 +284,16 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
     def set_scheduler(self, scheduler):
         return self.model.set_scheduler(scheduler)
 
+    def encode_scan(self, *args, **kwargs):
+        return self.model.encode_scan(*args, **kwargs)
+
+    def load_scan(self, file, processor):
+        return self.model.load_scan(file, processor)
+
     set_scheduler_phase.__doc__ = PhotonModel.set_scheduler_phase.__doc__
     set_keep_budget.__doc__ = PhotonModel.set_keep_budget.__doc__
     set_scheduler.__doc__ = PhotonModel.set_scheduler.__doc__
+    encode_scan.__doc__, load_scan.__doc__ = PhotonModel.encode_scan.__doc__, PhotonModel.load_scan.__doc__
 
     @can_return_tuple
     def forward(
@@ -288,6 +320,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         objective: torch.LongTensor | None = None,
         output_full_length: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        scan=None,
         **kwargs,
     ) -> PhotonCausalLMOutputWithPast:
         """
@@ -327,6 +360,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             use_scheduler=use_scheduler,
             flip=flip,
             row_weight=row_weight,
+            scan=scan,
             **kwargs,
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -349,21 +383,26 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             **losses,
         )
 
-    def generate(self, *args, assistant_model=None, past_key_values=None, **kwargs):
-        """As of `GenerationMixin`, without `assistant_model`; a cache with a conversation takes no more scans."""
+    def generate(self, inputs=None, *args, assistant_model=None, past_key_values=None, scan=None, **kwargs):
+        """As of `GenerationMixin`, without `assistant_model`; a cache with a conversation takes no more scans.
+
+        scan: `ScanPrefix` of `encode_scan`, with which the prompts begin.
+        """
         if assistant_model is not None:
             raise ValueError(
                 "assistant_model is not supported: it would need a cut of its own. Leave it out; "
                 "prompt_lookup_num_tokens=N speculates without a second model."
             )
         if past_key_values is not None and past_key_values.get_seq_length():
-            again = [name for name in SCAN_INPUTS if kwargs.get(name) is not None]
+            again = [name for name in SCAN_INPUTS if (kwargs | {"scan": scan}).get(name) is not None]
             if again:
                 raise ValueError(
                     f"past_key_values holds a conversation with its scans already; leave out {', '.join(again)} and "
                     "pass the whole conversation's input_ids and attention_mask. For other scans start a fresh prompt."
                 )
-        return super().generate(*args, past_key_values=past_key_values, **kwargs)
+        if scan is not None:
+            kwargs = self.model.with_prefix(kwargs.get("input_ids", inputs), scan, kwargs)
+        return super().generate(inputs, *args, past_key_values=past_key_values, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:

@@ -1,6 +1,7 @@
 """Where the parts of a prompt lie: scans, the question, padding; and what is known of each token beside its states.
 
-Masks of the parts, three-axis positions, and the features that selection methods may ask for.
+Masks of the parts, three-axis positions, a key-value cache that knows which places of the prompt it holds
+(`PhotonCache`), and the features that selection methods may ask for.
 
 B rows, S places. Positions have three axes (depth, row, column); text advances all three together.
 """
@@ -12,6 +13,7 @@ from itertools import repeat
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
@@ -231,6 +233,68 @@ class PromptPositions:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         deltas = getattr(past_key_values, "rope_deltas", None)
         return (position_ids if deltas is None else position_ids + deltas.to(position_ids.device)).expand(3, -1, -1)
+
+
+# === In a cache ======================================================================================================
+
+
+@dataclass
+class Layout:
+    """Which places of a prompt some layers of a cache hold, where these are not all of them in the prompt's order."""
+
+    mask: torch.Tensor  # (B, K) bool: which of the held places are real
+    dropped: int  # S - K: by how much they are fewer
+    first_layer: int  # holds for this layer and those above
+
+    def attention_mask(self, attention_mask, stored, new):
+        """(B, stored + new) for a layer that holds `stored` places of the prompt and what followed it.
+
+        attention_mask (B, S + ...) of the whole sequence, or `None` where nothing in it is padding.
+        """
+        held = self.mask[:, :stored]  # fewer than it was if candidates of prompt lookup were taken back
+        if attention_mask is None:
+            rest = self.mask.new_ones(held.shape[0], stored + new - held.shape[1])
+        else:
+            rest = attention_mask[:, held.shape[1] + self.dropped : stored + self.dropped + new].bool()
+        return torch.cat([held, rest.to(held.device)], dim=-1)
+
+
+@dataclass
+class Cut(Layout):
+    """What a cache remembers of its cut."""
+
+    keep_mask: torch.Tensor  # (B, V) bool: which visual tokens stayed
+    visual_count: torch.Tensor  # (B,): of how many
+    threshold: torch.Tensor  # (B, 1)
+
+
+def layout_of(cache, layer):
+    """The `Layout` of a cache's layer, or `None` where it holds the whole prompt."""
+    cut = getattr(cache, "cut", None)
+    return cut if cut is not None and layer >= cut.first_layer else getattr(cache, "prompt", None)
+
+
+class PhotonCache(DynamicCache):
+    """A `DynamicCache` whose length is the number of tokens of the conversation, including those cut from it.
+
+    After a prompt with scans `cache.cut` tells which visual tokens stayed; generation returns the cache as
+    `past_key_values` with `return_dict_in_generate=True`.
+    """
+
+    cut: Cut | None = None
+    prompt: Layout | None = None  # of the layers below the cut, after a prompt behind a prefix
+    rope_deltas: torch.Tensor | None = None
+
+    def get_seq_length(self, layer_idx=0):
+        stored, layout = super().get_seq_length(layer_idx), layout_of(self, layer_idx)
+        return stored + layout.dropped if stored and layout else stored
+
+    def get_query_offset(self, layer_idx=0):
+        return super().get_seq_length(layer_idx)
+
+    def reset(self):
+        super().reset()
+        self.cut = self.prompt = self.rope_deltas = None
 
 
 # === Features for selection methods ==================================================================================

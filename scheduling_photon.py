@@ -8,7 +8,7 @@ size, Q question tokens, V visual tokens (rows with fewer are padded on the righ
 - `ThresholdPredictor`: twelve statistics of those numbers to one threshold a row;
 - `TokenScheduler`: both together. Any module that maps `SchedulerInputs` to a `Schedule` can take its place, see
   `PhotonForConditionalGeneration.set_scheduler` and the methods in `photon/schedulers/`;
-- `cut_index`: which places of the sequence stay.
+- `stays`, `padded_places`: which places of the sequence stay.
 How the cut learns is in scheduling_surrogate_photon.py.
 """
 
@@ -395,19 +395,25 @@ def masked_index(mask):
     return order * real, real
 
 
-def cut_index(visual_mask, keep, attention_mask):
-    """Which places of the sequence stay, short rows padded on the left, where generation wants its padding.
+def stays(visual_mask, keep, real):
+    """(B, S) bool: which places of the sequence stay.
 
     Args: visual_mask (B, S) bool, places of visual tokens; keep (B, V) bool, V as `masked_index(visual_mask)` counts;
-        attention_mask (B, S) bool, places that are not padding.
-    Returns: (B, S') long, -1 where padded.
+        real (B, S) bool, places that are not padding.
     """
-    index, real = masked_index(visual_mask)
-    kept = torch.zeros_like(visual_mask, dtype=torch.int32).scatter_add(1, index, (keep & real).int()) > 0
-    stay = attention_mask & (kept | ~visual_mask)
-    count = stay.sum(-1)
-    order = stay.to(torch.uint8).argsort(dim=-1, stable=True)[:, stay.shape[1] - int(count.max()) :]
-    real = torch.arange(order.shape[1], device=stay.device) >= order.shape[1] - count[:, None]
+    index, visual = masked_index(visual_mask)
+    kept = torch.zeros_like(visual_mask, dtype=torch.int32).scatter_add(1, index, (keep & visual).int()) > 0
+    return real & (kept | ~visual_mask)
+
+
+def padded_places(mask):
+    """Places of a mask's True entries, short rows padded on the left, where generation wants its padding.
+
+    mask (B, S) bool -> (B, S') long, -1 where padded.
+    """
+    count = mask.sum(-1)
+    order = mask.to(torch.uint8).argsort(dim=-1, stable=True)[:, mask.shape[1] - int(count.max()) :]
+    real = torch.arange(order.shape[1], device=mask.device) >= order.shape[1] - count[:, None]
     return order.masked_fill(~real, -1)
 
 

@@ -15,7 +15,7 @@ import torch
 from common import ROOT, arguments, interleaved, report
 from photon.configuration_photon import PhotonConfig
 from photon.decoder_photon import PhotonTextModel
-from photon.scheduling_photon import ScanRequest, cut_index
+from photon.scheduling_photon import ScanRequest, padded_places, stays
 from photon.scheduling_surrogate_photon import surrogate_gather
 
 VISUAL, QUESTION, TEXT, KEPT = 1000, 24, 80, 0.39
@@ -79,7 +79,7 @@ def main():
         rotary = decoder.rotary_emb(embeds, positions)
         scores = layer.scores(embeds, rotary, *decoder.score_places(request))
         schedule = decoder.scheduler(decoder.scheduler_inputs(request, scores, embeds, layer))
-        index = cut_index(visual, schedule.keep_mask, request.real)
+        index = padded_places(stays(visual, schedule.keep_mask, request.real))
         short = surrogate_gather(embeds, schedule, request.visual_index, request.visual, index, config)
         decoder.rotary_emb(short, positions[..., : short.shape[1]])
 

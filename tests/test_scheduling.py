@@ -21,8 +21,9 @@ from photon.scheduling_photon import (
     Schedule,
     SchedulerInputs,
     TokenScheduler,
-    cut_index,
     masked_index,
+    padded_places,
+    stays,
 )
 from photon.scheduling_surrogate_photon import surrogate_gather
 
@@ -183,7 +184,7 @@ def gather_case(surrogate):
     keep = torch.tensor([[1, 0, 0, 1, 1], [0, 1, 0, 0, 0]]).bool()
     keep_prob = torch.rand(2, 5, generator=generator).double().requires_grad_()
     index, visual = masked_index(visual_mask)
-    places = cut_index(visual_mask, keep, attention)
+    places = padded_places(stays(visual_mask, keep, attention))
     schedule = Schedule(keep, keep_prob, None, None, None, visual.sum(-1))
     rule = tiny_config(surrogate=surrogate, surrogate_std_floor=1e-6)
     out = surrogate_gather(hidden, schedule, index, visual, places, rule)
