@@ -11,4 +11,7 @@ siblings only. Tools lie in folders here. Both are one package:
 
 from pathlib import Path
 
+from photon.torchvision_pair import check_torchvision
+
 __path__.append(str(Path(__file__).resolve().parent.parent))
+check_torchvision()  # before anything imports transformers

@@ -1,6 +1,10 @@
 """What a new user meets: the type of the weights, the end of an answer, data from `datasets`, peers' packages."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from photon.loading import complete_generation_config, load
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.pipeline_photon import finish_reason
 
+TORCH = torch.__version__.partition("+")[0]
+TORCHVISION = f"0.{int(TORCH.split('.')[1]) + 15}.0"
 QUESTION = "Is there a lesion in the liver?"
 
 
@@ -111,6 +117,52 @@ def test_folders_carry_a_limit_and_keep_the_sources_settings(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     settings = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert (settings["max_new_tokens"], settings["temperature"], settings["do_sample"]) == (256, 0.2, True)
+
+
+# === Packages of peers ===============================================================================================
+
+
+@pytest.mark.parametrize(
+    "version, needs, code, refused",
+    [
+        ("0.21.0", "2.6.0", "raise RuntimeError('operator torchvision::nms does not exist')", True),
+        (
+            TORCHVISION,
+            TORCH,
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "+" in torch.__version__,
+        ),
+        ("0.21.0", "2.6.0", "", False),  # of another release, but it works
+    ],
+)
+def test_a_torchvision_of_another_torch_is_named(tmp_path, version, needs, code, refused):
+    """A package of that name which fails as an unmatched one does; of PyPI beside a torch for CPUs, too."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(code)
+    (tmp_path / f"torchvision-{version}.dist-info").mkdir()
+    (tmp_path / f"torchvision-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torchvision\nVersion: {version}\nRequires-Dist: torch=={needs}\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    code = "import photon"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8")
+    assert (done.returncode != 0) == refused, done.stderr
+    if refused:
+        line = done.stderr.strip().splitlines()[-1]
+        minor = int(TORCH.split(".")[1])
+        assert f"torchvision {version} does not belong to torch {torch.__version__}" in line
+        assert f"pip install torchvision==0.{minor + 15}.*" in line
+
+
+def test_requirements_name_the_matching_torchvision():
+    pins = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    makefile = re.search(r"TORCH_VERSION = ([\d.]+)", (ROOT / "Makefile").read_text())[1]
+    named = re.findall(
+        r"torch ([\d.]+).*: pip install torchvision==0\.(\d+)", (ROOT / "requirements-train.txt").read_text()
+    )
+    assert len(named) == 2 and pins.get("torch", makefile) == makefile
+    for release, minor in named:
+        assert release == makefile and int(minor) == int(release.split(".")[1]) + 15
 
 
 # === Data of `datasets` ==============================================================================================
