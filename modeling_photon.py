@@ -141,6 +141,7 @@ class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_V
         flip: torch.BoolTensor | None = None,
         row_weight: torch.FloatTensor | None = None,
         scan=None,
+        output_full_length: bool | None = None,
         **kwargs,
     ) -> PhotonModelOutputWithPast:
         """
@@ -156,6 +157,8 @@ class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_V
             row_weight (B,): each row's share of the loss, for the surrogate gradient.
             scan: `ScanPrefix` of `encode_scan`, with which the prompts begin; vision and the layers below the cut are
                 not run on it again. With it, pixel_values_videos need not be passed; if it is, it must be the same.
+            output_full_length: give `last_hidden_state` of the prompt's length (B, S, D), with zeros where a token was
+                deleted; default `config.output_full_length`.
         Raises: `ValueError` where masks, marks and volumes do not fit together; it says which row.
         """
         refuse_static(attention_mask, past_key_values)
@@ -227,6 +230,9 @@ class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_V
                 self.rope_deltas = rope_deltas(position_ids, attention_mask)
             # with the cache, not with the model alone: another scan may be asked about before this one goes on
             outputs.past_key_values.rope_deltas = self.rope_deltas
+        if self.config.output_full_length if output_full_length is None else output_full_length:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            outputs.last_hidden_state = full_length(outputs.last_hidden_state, outputs.get("keep_index"), length)
         return outputs
 
     def _scheduler_features(self, input_ids, visual, question_mask, mm_encoder_outputs, scan):
@@ -361,6 +367,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             flip=flip,
             row_weight=row_weight,
             scan=scan,
+            output_full_length=False,  # the head runs on the short sequence
             **kwargs,
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -93,13 +93,13 @@ def all_losses(logits, labels, outputs, objective, row_weight, total, config, ba
     return {"loss": lm_loss + config.band_weight * band_loss, "lm_loss": lm_loss, "band_loss": band_loss}
 
 
-def full_length(logits, keep_index, length):
-    """Logits (B, S, vocabulary) at the places of the prompt, with zeros where a token was deleted.
+def full_length(values, keep_index, length):
+    """Logits or hidden states (B, S, X) at the places of the prompt, with zeros where a token was deleted.
 
-    logits (B, S', vocabulary) of the cut sequence; keep_index (B, S'), or `None` where nothing was cut; length: S.
+    values (B, S', X) of the cut sequence; keep_index (B, S'), or `None` where nothing was cut; length: S.
     """
     if keep_index is None:
-        return logits
-    places = keep_index.clamp(min=0)[..., None].expand_as(logits)
-    values = torch.where(keep_index[..., None] >= 0, logits, 0)  # padded places share place 0
-    return logits.new_zeros(len(logits), length, logits.shape[-1]).scatter_add(1, places, values)
+        return values
+    places = keep_index.clamp(min=0)[..., None].expand_as(values)
+    kept = torch.where(keep_index[..., None] >= 0, values, 0)  # padded places share place 0
+    return values.new_zeros(len(values), length, values.shape[-1]).scatter_add(1, places, kept)

@@ -1,7 +1,8 @@
 """Rows to batches: the order of rows, and what the processor makes of them.
 
 - `ScanSampler`: the order of rows in which questions on one scan come together, and like rows in a batch;
-- `Collator`: rows to a batch, padded on the left, labels on the assistant's tokens alone.
+- `ChatCollator`: chats to a batch that any trainer takes, padded on the left, labels on the assistant's tokens alone;
+- `Collator`: the same with what the `PhotonTrainer` needs beside.
 Scans stay paths until the collator. Messages name a row by its file and line, never by its scan.
 """
 
@@ -72,24 +73,33 @@ class ScanSampler(Sampler):
         return (number for numbers in [*batches, rest] for number in numbers)
 
 
-class Collator:
-    """Rows to a batch: what the processor returns, padded on the left, with these entries beside it:
+class ChatCollator:
+    """Chats to a batch of the model, padded on the left, with `labels` on the assistant's tokens alone.
 
-    - `labels` (B, S): the assistant's tokens, -100 elsewhere (`answers=True`; else the prompt alone is given);
-    - `volume_count` (B,): scans of each row;
-    - `example` (B,): number of each row in the data set;
-    - `volume_index` (P,): a scan that several rows ask about is encoded only once (see `PhotonModel.forward`);
-    - `targets`, with `losses`: a dict of what they need of the rows (see `Loss.add_targets`).
+    It returns arguments of the model's forward and nothing else, so that any trainer can use it: the Trainer of
+    transformers, TRL's `SFTTrainer`, a loop in plain PyTorch.
+
+        collator = ChatCollator(processor, output_full_length=True)
+        SFTTrainer(model, train_dataset=rows, data_collator=collator, processing_class=processor, args=SFTConfig(
+            dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, ...))
+
+    A row has `messages`, or `prompt` and `completion`: a chat as the processor takes it, where a scan is a part
+    {"type": "volume", "path": ...} of a user's turn. A row of `load_rows` will do as well.
 
     Args:
-        max_length: longer rows are refused; nothing is ever cut.
+        max_length: longer rows are refused; nothing is ever cut. `None`: any length.
         cache_dir: folder where scans are kept preprocessed, in float16; `None` reads them each time.
-        losses: those that need targets from the rows, a list of `Loss`.
+        answers: False gives the prompts alone, without the last turn, for generation.
+        output_full_length: adds this argument of the model, so that logits have the length of `labels`. A trainer that
+            looks at logits itself needs it; the model's own loss does not.
+    Returns: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, S); with scans `pixel_values_videos`,
+        `video_grid_thw` (P, 3) and `volume_index` (P,): a scan that several rows ask about is encoded only once.
+    Raises: `RowError` for a row that is too long, or has no token to learn, or whose scan cannot be read.
     """
 
-    def __init__(self, processor, max_length, cache_dir=None, answers=True, losses=()):
+    def __init__(self, processor, max_length=None, cache_dir=None, answers=True, output_full_length=False):
         self.processor, self.max_length, self.cache_dir = processor, max_length, cache_dir
-        self.answers, self.losses = answers, losses
+        self.answers, self.output_full_length = answers, output_full_length
 
     def __call__(self, rows):
         try:
@@ -99,33 +109,32 @@ class Collator:
         except ValueError as error:  # for example a scan that cannot be read
             for row in rows if len(rows) > 1 else ():
                 self([row])  # raises with the one row's place
-            raise RowError(f"{rows[0]['where']}: {error}") from error
+            raise RowError(f"{_place(rows[0])}: {error}") from error
 
     def _batch(self, rows):
         batch = self._encode(rows)
         lengths = batch["attention_mask"].sum(-1).tolist()
         for row, length in zip(rows, lengths, strict=True):
-            if length > self.max_length:
-                raise RowError(f"{row['where']}: {length} tokens, but max_length is {self.max_length}; nothing is cut")
+            if self.max_length is not None and length > self.max_length:
+                raise RowError(f"{_place(row)}: {length} tokens, but max_length is {self.max_length}; nothing is cut")
         if self.answers:
             learned = batch.pop("assistant_masks").bool()
             batch["labels"] = batch["input_ids"].masked_fill(~learned, -100)
             for row, some in zip(rows, learned.any(-1).tolist(), strict=True):
                 if not some:
-                    raise RowError(
-                        f"{row['where']}: all labels are masked; the chat template marks no assistant token"
-                    )
-        batch["volume_count"] = torch.tensor([len(row["volumes"]) for row in rows])
-        batch["example"] = torch.tensor([row["example"] for row in rows])
-        targets = {}
-        for loss in self.losses:
-            loss.add_targets(rows, batch, targets)
-        if targets:
-            batch["targets"] = targets
+                    raise RowError(f"{_place(row)}: all labels are masked; the chat template marks no assistant token")
+        if self.output_full_length:
+            batch["output_full_length"] = True
         return dict(batch)
 
+    def _chat(self, row):
+        if row.get("volumes") is not None:
+            return conversation(row, self.answers)
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        return messages if self.answers else messages[:-1]
+
     def _encode(self, rows):
-        chats = [conversation(row, self.answers) for row in rows]
+        chats = [self._chat(row) for row in rows]
         batch = self.processor.apply_chat_template(
             chats,
             add_generation_prompt=not self.answers,
@@ -163,3 +172,34 @@ class Collator:
                 raise RuntimeError("the tokenizer splits a prompt differently when a scan has many marks")
             masks[row, real] = mask.repeat_interleave(times)
         return masks
+
+
+def _place(row):
+    """A row's file and line, where it is known."""
+    return row.get("where") or "a row"
+
+
+class Collator(ChatCollator):
+    """Rows of `load_rows` to a batch of the `PhotonTrainer`: beside the arguments of the model it has
+
+    - `volume_count` (B,): scans of each row;
+    - `example` (B,): number of each row in the data set;
+    - `targets`, with `losses`: a dict of what they need of the rows (see `Loss.add_targets`).
+
+    Args: losses: those that need targets from the rows, a list of `Loss`.
+    """
+
+    def __init__(self, processor, max_length, cache_dir=None, answers=True, losses=()):
+        super().__init__(processor, max_length, cache_dir, answers)
+        self.losses = losses
+
+    def _batch(self, rows):
+        batch = super()._batch(rows)
+        batch["volume_count"] = torch.tensor([len(row["volumes"]) for row in rows])
+        batch["example"] = torch.tensor([row["example"] for row in rows])
+        targets = {}
+        for loss in self.losses:
+            loss.add_targets(rows, batch, targets)
+        if targets:
+            batch["targets"] = targets
+        return batch
