@@ -11,20 +11,31 @@ endif
 PIP = .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/'
 
 demo: .venv/run  ## read a CT and a DICOM folder, answer questions, draw what was kept (writes demo/)
 	.venv/bin/python scripts/demo.py
 
+app: .venv/app photon/app/node_modules  ## a page on which to ask about a scan, at http://localhost:7860
+	.venv/bin/python -m photon.app
+
+serve: .venv/app  ## a server with the OpenAI API, at http://localhost:8000
+	.venv/bin/python -m photon.serving
+
 test: .venv/dev  ## run all tests (no network, no GPU, some minutes)
 	.venv/bin/python -m pytest -q -n auto
+
+test-app: .venv/app-dev photon/app/node_modules  ## test the page in a browser, and the server (Chromium from apt)
+	@command -v chromium chromium-browser >/dev/null || \
+	(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+	.venv/bin/python -m pytest -q tests/app
 
 lint: .venv/dev  ## check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 clean:  ## remove .venv and what the demo wrote
-	rm -rf .venv demo
+	rm -rf .venv demo photon/app/node_modules
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
@@ -40,4 +51,16 @@ clean:  ## remove .venv and what the demo wrote
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help demo test lint clean
+.venv/app: .venv/run requirements-app.txt requirements-serve.txt
+	$(PIP) -r requirements-app.txt -r requirements-serve.txt
+	@touch $@
+
+.venv/app-dev: .venv/app .venv/dev
+	$(PIP) openai playwright "ray[serve]"
+	@touch $@
+
+photon/app/node_modules: photon/app/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix photon/app --ignore-scripts --omit=optional --silent; \
+	else echo "npm is not here, so the page has no 3D view"; fi
+
+.PHONY: help demo app serve test test-app lint clean

@@ -147,10 +147,11 @@ def shown_scans(processor, scans, answers):
         yield ShownScan(image, kept, *display_window(processor, image))
 
 
-def display_window(processor, image):
-    """(low, high) in the scan's units for a person, and whether the scan is a CT."""
+def display_window(processor, image, modality="auto"):
+    """(low, high) in the scan's units for a person, and whether the scan is a CT. modality: as of the processor."""
     settings = processor.image_processor
-    modality = find_modality(image, settings.modality, assume_hu=settings.assume_hu)
+    modality = settings.modality if modality == "auto" else modality
+    modality = find_modality(image, modality, assume_hu=settings.assume_hu)
     if modality == "ct":
         return overlay.SOFT_TISSUE, True
     return intensity_window(image, modality=modality, percentiles=settings.percentiles), False
