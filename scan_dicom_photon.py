@@ -1,29 +1,38 @@
 """A DICOM series, classic or Enhanced multi-frame, as one image; what cannot be one regular volume is refused.
 
-All headers are read first, without voxels. Geometry comes from positions and orientations alone, never from slice
-thickness, slice location, file names or the gantry-tilt tag. Voxels are then decoded slice by slice into one array,
-by pydicom, or by the GDCM inside SimpleITK where pydicom has no plugin for the transfer syntax.
+All headers are read first, without voxels, and placed by scan_stack_photon.py. Voxels are then decoded slice by slice
+into one array: by pydicom where they are raw, JPEG 2000 or JPEG-LS, otherwise by the GDCM inside SimpleITK.
 """
 
 import contextlib
 import logging
 import struct
+import tempfile
 import threading
 import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
-from .scan_files_photon import ReadOptions, ScanHeader, check_shape, damaged, rescale
-from .scan_grid_photon import Geometry
-from .scan_stack_photon import PHASE_TAGS, Slice, interpolate, one_phase, place_stack
+from .scan_files_photon import (
+    ReadOptions,
+    ScanHeader,
+    check_shape,
+    damaged,
+    jpeg_is_consistent,
+    rescale,
+    rle_is_consistent,
+)
+from .scan_grid_photon import Geometry, interpolate_slices
+from .scan_stack_photon import FRAME_TAGS, Slice, one_frame, place_stack, slices_of
 
 try:
     import pydicom
+    from pydicom.encaps import generate_frames
     from pydicom.errors import BytesLengthException, InvalidDicomError
     from pydicom.pixels import get_decoder, pixel_array
 except ImportError:
@@ -42,28 +51,36 @@ PARSE_ERRORS = (
 DECODE_ERRORS = (*PARSE_ERRORS, RuntimeError)
 SUFFIXES = (".dcm", ".dicom", ".ima")
 MODALITY_TAG = "0008|0060"  # the key under which SimpleITK keeps the DICOM modality of an image
-MODALITIES = {"CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "SEG", "RTDOSE", "SC", "OT"}
-CT_MR_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")  # CT and MR storage, classic and Enhanced
+MODALITIES = set(
+    "AR AU BDUS BI BMD CR CT CTPROTOCOL DG DMS DOC DX ECG EPS ES FID GM HC HD IO IOL IVOCT IVUS KER KO LEN LS MG MR "
+    "NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS OT PA PLAN PR PT PX REG RESP RF RG RTDOSE RTIMAGE RTINTENT RTPLAN "
+    "RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SC SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XAPROTOCOL XC".split()
+)
+NO_SCANS = {"SEG", "RTDOSE", "RTIMAGE", "PR", "REG", "RTSTRUCT", "RTPLAN"}  # made from scans, and left out beside them
+SCAN_CLASSES = {
+    "CT Image Storage", "Enhanced CT Image Storage", "Legacy Converted Enhanced CT Image Storage", "MR Image Storage",
+    "Enhanced MR Image Storage", "Legacy Converted Enhanced MR Image Storage",
+}  # fmt: skip
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 DICOM_ROOT = b"1.2.840.10008"  # every transfer syntax and object class begins so
 APPLE_DOUBLE = b"\0\5\x16\7"  # what a Mac leaves beside each file on foreign disks, "._" before the same name
-HU_TYPES = ("", "HU", "US", "HU_MOD")  # of RescaleType; US is unspecified: then the values are checked
+CONTROLS = bytes(set(range(32)) - {9, 10, 12, 13, 27}) + b"\x7f"  # no text holds them
 LOSSY = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81"}
-INSTALL = {
-    "1.2.840.10008.1.2.4.90": "pip install pylibjpeg pylibjpeg-openjpeg",
-    "1.2.840.10008.1.2.4.91": "pip install pylibjpeg pylibjpeg-openjpeg",
-    "1.2.840.10008.1.2.4.80": "pip install pyjpegls",
-    "1.2.840.10008.1.2.4.81": "pip install pyjpegls",
-}
+JPEG_LOSSLESS = {"1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"}
+RLE = "1.2.840.10008.1.2.5"
+GDCM_FIRST = JPEG_LOSSLESS | {  # pydicom has no decoder, or one that accepts damaged streams
+    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", RLE,
+}  # fmt: skip
+GDCM_SYNTAXES = GDCM_FIRST | {f"1.2.840.10008.1.2.4.{number}" for number in (80, 81, 90, 91)}
 HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
     "Modality", "ImageType", "SeriesNumber", "InstanceNumber", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
     "PhotometricInterpretation", "BitsStored", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "LossyImageCompression",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", "TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "EchoTime",
-    "DiffusionBValue", "NominalPercentageOfCardiacPhase", "AcquisitionTime",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "SliceThickness", *FRAME_TAGS,
+    0x00190010, 0x0019100C, 0x00430010, 0x00431039,  # b-values of Siemens and GE
 ]  # fmt: skip
+UNKNOWN_MODALITY = "unknown"  # a term that is not DICOM's
 _pydicom_lock = threading.RLock()  # warning filters and pydicom's log level belong to the process
 
 
@@ -89,21 +106,21 @@ def open_dicom(path: Path, options: ReadOptions, findings: Findings) -> ScanHead
         raise ImportError("reading DICOM needs pydicom: pip install pydicom pylibjpeg pylibjpeg-openjpeg")
     with _quiet():
         files = _choose_series(_headers(path, findings), options.series, findings)
-        slices = one_phase(_slices(files, findings), options.frame, findings)
+        modality = str(files[0][1].get("Modality", "") or "")
+        slices = one_frame(_slices(files, findings), options.frame, modality, findings)
         affine, depth, heights = place_stack(slices, options.gaps, findings)
         rows, columns = slices[0].shape
-        check_shape((columns, rows, len(slices)), options.max_voxels)
+        check_shape((columns, rows, depth), options.max_voxels)
         _check_photometric(files, options.monochrome1, findings)
         invert = options.monochrome1 == "invert" and _is_monochrome1(files)
-        modality = str(files[0][1].get("Modality", "") or "")
     geometry = Geometry.from_affine((columns, rows, depth), affine)
 
     def read(progress=None) -> "sitk.Image":
         with _quiet():
             voxels = _voxels(slices, invert=invert)
-        return geometry.image(voxels if heights is None else interpolate(voxels, heights, depth))
+        return geometry.image(voxels if heights is None else interpolate_slices(voxels, heights, depth))
 
-    return ScanHeader(geometry, read, modality if modality in MODALITIES or not modality else "OT")
+    return ScanHeader(geometry, read, modality if modality in MODALITIES or not modality else UNKNOWN_MODALITY)
 
 
 # === Which files, which series =======================================================================================
@@ -112,7 +129,7 @@ def open_dicom(path: Path, options: ReadOptions, findings: Findings) -> ScanHead
 def _headers(path: Path, findings: Findings) -> list:
     """[(path, dataset without voxels)] of every image in a folder; other files are counted, damaged ones refused."""
     files = sorted(p for p in path.iterdir() if not p.is_dir()) if path.is_dir() else [path]
-    folder, headers, others = path.resolve(), [], 0
+    folder, headers, others, unknown = path.resolve(), [], Counter(), []
     for file in files:
         if file.is_symlink() and not file.exists():
             raise VolumeError(
@@ -124,35 +141,44 @@ def _headers(path: Path, findings: Findings) -> list:
                 VolumeFault.LINK_LEAVES_FOLDER,
                 "The folder holds a link to a file outside it. Copy the slices themselves into the folder.",
             )
-        dataset = _header(file) if file.is_file() else None  # opening a pipe would wait for ever
-        if dataset is None:
-            others += 1
+        header = _header(file) if file.is_file() else "other"  # opening a pipe would wait for ever
+        if isinstance(header, str):
+            others[header] += 1
+            unknown += [file] if header == "other" and file.is_file() else []
         else:
-            headers.append((file, dataset))
+            headers.append((file, header))
+    sizes = defaultdict(list)
+    for file, _ in headers if unknown else ():
+        sizes[file.suffix].append(file.stat().st_size)
+    if any(len(sizes[f.suffix]) > 2 and f.stat().st_size >= 0.5 * min(sizes[f.suffix]) for f in unknown):
+        raise damaged("a file named as the slices of the series does not begin as DICOM does")
+    listed = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
     if not headers:
         raise VolumeError(
             VolumeFault.NON_IMAGING_DICOM_FILES if others else VolumeFault.NOT_A_SCAN,
-            f"No DICOM image was found among {len(files)} files. Give the folder that holds the slices "
-            "themselves; sub-folders are not searched.",
+            f"No DICOM image was found among {len(files)} files ({listed or 'none'}). Give the folder that holds the "
+            "slices themselves; sub-folders are not searched.",
         )
     if others:
         findings.warn(
             VolumeFault.NON_IMAGING_DICOM_FILES,
-            f"{others} of {len(files)} files are no DICOM images (reports, indexes, notes) and were left out.",
+            f"{others.total()} of {len(files)} files are no DICOM images and were left out: {listed}.",
         )
     return headers
 
 
 def _header(file: Path):
+    """The dataset of an image without its voxels, or what kind of file it is instead."""
     with open(file, "rb") as stream:
         head = stream.read(512)
     if head[:4] == APPLE_DOUBLE:
-        return None
+        return "note of a Mac"
     bare = head[:2] == b"\x08\0" and head[4:6].isalpha()  # old files have no preamble: group 0008, explicit VR
     if head[128:132] != b"DICM" and not bare:
-        if file.suffix.lower() in SUFFIXES or DICOM_ROOT in head:
+        text = len(head) == len(head.translate(None, CONTROLS))
+        if file.suffix.lower() in SUFFIXES or DICOM_ROOT in head and not text:
             raise damaged("a slice of the series does not begin as DICOM does")
-        return None
+        return "text" if text and head else "other"
     try:
         dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER_TAGS, force=bare)
         kinds = [pydicom.uid.UID(str(d.get(name, "") or "")) for d, name in _classes(dataset)]
@@ -164,9 +190,11 @@ def _header(file: Path):
             return dataset
     except PARSE_ERRORS:
         raise damaged("the header of a slice cannot be read") from None
-    if any(k.startswith(CT_MR_CLASSES) for k in kinds) or not any(k and k.name != str(k) for k in kinds):
+    names = {kind.name for kind in kinds if kind and kind.name != str(kind)}
+    vendor = kinds[0] == kinds[1] and kinds[0].is_valid and not kinds[0].startswith(DICOM_ROOT.decode())
+    if names & SCAN_CLASSES or not names and not vendor:
         raise damaged("the header of a slice ends too early")
-    return None
+    return sorted(names)[0] if names else "vendor's DICOM object"
 
 
 def _classes(dataset):
@@ -175,44 +203,47 @@ def _classes(dataset):
 
 
 def _choose_series(headers: list, series, findings: Findings) -> list:
+    """The slices of one series. Localisers count as a series by themselves, also where they share its UID."""
     groups = defaultdict(list)
     for file, dataset in headers:
         key = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID", "Modality")
-        groups[tuple(str(dataset.get(k, "") or "") for k in key)].append((file, dataset))
+        key = tuple(str(dataset.get(k, "") or "") for k in key)
+        groups[(*key, "LOCALIZER" in str(dataset.get("ImageType")).upper())].append((file, dataset))
     ordered = sorted(groups.items(), key=lambda item: (_number(item[1][0][1].get("SeriesNumber")), item[0]))
     if series is not None:
         return _named_series(ordered, series)
-    volumes = [group for _, group in ordered if _is_volume(group)]
-    strays = [group for _, group in ordered if volumes and not _is_volume(group) and not _is_aside(group)]
+    volumes = [group for key, group in ordered if _is_volume(key, group)]
+    others = [group for key, group in ordered if not _is_volume(key, group)]
+    strays = [group for key, group in ordered if volumes and not _is_volume(key, group) and not _is_aside(key, group)]
     if len(volumes) > 1 or strays or not volumes and len(ordered) > 1:
         raise VolumeError(
             VolumeFault.SEVERAL_SERIES,
             f"The folder holds {len(ordered)} series: {_listing(ordered)}. Choose one with series=1 ... "
             f"series={len(ordered)}.",
         )
-    if volumes and len(ordered) > 1:
+    if volumes and others:
         findings.warn(
             VolumeFault.TOO_FEW_SLICES,
-            f"{len(ordered) - 1} localisers or screenshots beside the series were left out.",
+            f"{sum(map(_frames, others))} localisers, screenshots or images made from the series were left out.",
         )
     return volumes[0] if volumes else ordered[0][1]
 
 
 def _named_series(ordered: list, series) -> list:
-    for number, (key, group) in enumerate(ordered, start=1):
-        if series == number or series == key[0] != "":
-            return group
-    raise VolumeError(
-        VolumeFault.SEVERAL_SERIES, f"series= matches none of the {len(ordered)} series: {_listing(ordered)}."
-    )
+    named = [item for number, item in enumerate(ordered, start=1) if series in (number, item[0][0] or None)]
+    if not named:
+        raise VolumeError(
+            VolumeFault.SEVERAL_SERIES, f"series= matches none of the {len(ordered)} series: {_listing(ordered)}."
+        )
+    return next((group for key, group in named if _is_volume(key, group)), named[0][1])
 
 
 def _listing(ordered: list) -> str:
     lines = []
     for number, (key, group) in enumerate(ordered, start=1):
-        modality = key[-1] if key[-1] in MODALITIES else "other"
-        dataset = group[0][1]
-        lines.append(f"{number}: {modality}, {_frames(group)} slices of {dataset.Rows} x {dataset.Columns}")
+        modality, dataset = key[4] if key[4] in MODALITIES else "other", group[0][1]
+        kind = f"{modality} localiser" if key[5] else modality
+        lines.append(f"{number}: {kind}, {_frames(group)} slices of {dataset.Rows} x {dataset.Columns}")
     return "; ".join(lines)
 
 
@@ -227,43 +258,27 @@ def _frames(group: list) -> int:
     return sum(int(_number(d.get("NumberOfFrames") or 1)) for _, d in group)
 
 
-def _is_volume(group: list) -> bool:
-    return _frames(group) >= 4 and not _is_localiser(group[0][1])
+def _is_volume(key: tuple, group: list) -> bool:
+    slices = _frames(group) * (16 if "MOSAIC" in str(group[0][1].get("ImageType")).upper() else 1)
+    return slices >= 4 and not key[5] and key[4] not in NO_SCANS
 
 
-def _is_aside(group: list) -> bool:
-    """Whether a group may be left out: a localiser or a screenshot. Any other lone slice may belong to the series,
-    with a damaged tag."""
-    dataset = group[0][1]
-    return _is_localiser(dataset) or str(dataset.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
-
-
-def _is_localiser(dataset) -> bool:
-    return "LOCALIZER" in str(dataset.get("ImageType")).upper()
-
-
-# === Where every slice lies ==========================================================================================
+def _is_aside(key: tuple, group: list) -> bool:
+    """Whether a group may be left out: a localiser, a screenshot, a mask or a dose. Any other lone slice may belong to
+    the series, with a damaged tag."""
+    capture = str(group[0][1].get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
+    return key[5] or key[4] in NO_SCANS or capture
 
 
 def _slices(headers: list, findings: Findings) -> list[Slice]:
-    slices = []
+    """Every slice of the series with its place, after checks that they are of one kind."""
     try:
-        for file, dataset in headers:
-            if "PerFrameFunctionalGroupsSequence" in dataset:
-                slices += _frame_slices(file, dataset)
-            elif int(dataset.get("NumberOfFrames") or 1) > 1:
-                raise VolumeError(
-                    VolumeFault.NO_GEOMETRY,
-                    "A multi-frame file without functional groups does not tell where its frames lie. Export the "
-                    "series as Enhanced or as single slices.",
-                )
-            else:
-                slices.append(_slice(file, None, [dataset], dataset))
+        slices = [item for file, dataset in headers for item in slices_of(file, dataset)]
     except PARSE_ERRORS as error:
         if isinstance(error, VolumeError):
             raise
         raise damaged("a position, orientation or scale in a slice's header is no number") from None
-    if any(s.frame is not None for s in slices):
+    if any(s.frame is not None and not s.tiles for s in slices):
         findings.note(VolumeFault.MULTIFRAME, "Enhanced multi-frame: geometry by frame from the functional groups.")
     if len({(s.slope, s.intercept) for s in slices}) > 1:
         findings.note(VolumeFault.SLOPE_VARIES, "Slope and intercept differ between slices; applied slice by slice.")
@@ -280,67 +295,6 @@ def _slices(headers: list, findings: Findings) -> list[Slice]:
     if len({int(d.get("SamplesPerPixel") or 1) for _, d in headers} - {1}):
         raise VolumeError(VolumeFault.NOT_SCALAR, "The slices are in colour; a scan has one number a voxel.")
     return slices
-
-
-def _frame_slices(file: Path, dataset) -> list[Slice]:
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
-    frames = dataset.PerFrameFunctionalGroupsSequence
-    if len(frames) != int(dataset.get("NumberOfFrames") or 1):
-        raise VolumeError(
-            VolumeFault.HEADER_LIES, "The multi-frame header describes another number of frames than it declares."
-        )
-    return [_slice(file, i, [_flat(frame), _flat(shared)], dataset) for i, frame in enumerate(frames)]
-
-
-def _flat(group):
-    """The macros of one functional group as one dataset."""
-    flat = pydicom.Dataset()
-    for element in group:
-        if element.VR == "SQ" and len(element.value):
-            flat.update(element.value[0])
-    return flat
-
-
-def _slice(file: Path, frame: int | None, groups: list, dataset) -> Slice:
-    def get(name):
-        return next((g[name].value for g in groups if name in g and g[name].value is not None), None)
-
-    position, orientation = get("ImagePositionPatient"), get("ImageOrientationPatient")
-    spacing = get("PixelSpacing")
-    for value, length in ((position, 3), (orientation, 6), (spacing, 2)):
-        if value is None or len(np.atleast_1d(value)) != length:
-            raise VolumeError(
-                VolumeFault.NO_GEOMETRY,
-                "A slice does not tell where it lies (position, orientation or pixel spacing is missing). Export "
-                "the series again from its source.",
-            )
-    slope, intercept = get("RescaleSlope"), get("RescaleIntercept")
-    _check_scale(dataset, get("RescaleType"), get("ModalityLUTSequence"))
-    phases = {}
-    for name in PHASE_TAGS:
-        value = get(name) if get(name) is not None else dataset.get(name)
-        if value is not None:
-            phases[name] = str(value) if name in ("StackID", "AcquisitionTime") else _number(value)
-    return Slice(
-        file, frame, np.array(position, dtype=float), np.array(orientation, dtype=float), np.array(spacing,
-        dtype=float), (int(dataset.Rows), int(dataset.Columns)), 1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept), (slope is None, intercept is None), phases,
-    )  # fmt: skip
-
-
-def _check_scale(dataset, kind, table) -> None:
-    if table:
-        raise VolumeError(
-            VolumeFault.NOT_HU,
-            "The slices' numbers go through a table (Modality LUT) instead of slope and intercept. Export the series "
-            "with its values applied.",
-        )
-    if dataset.get("Modality") == "CT" and str(kind or "").strip().upper() not in HU_TYPES:
-        raise VolumeError(
-            VolumeFault.NOT_HU,
-            "The CT's numbers are of another kind than HU by its header, such as a concentration or an electron "
-            "density. Give the series in HU.",
-        )
 
 
 # === Voxels ==========================================================================================================
@@ -381,17 +335,22 @@ def _voxels(slices: list[Slice], *, invert: bool) -> np.ndarray:
     with ThreadPoolExecutor(max_workers=4) as pool:  # in order, so that few decoded slices wait
         for (_, items), (frames, top) in zip(files.items(), pool.map(_decode, files), strict=True):
             for k, item in items:
-                if frames.shape[1:] != (rows, columns) or (item.frame or 0) >= len(frames):
+                planes = _tiles(frames, item) if item.tiles else frames
+                if planes.shape[1:] != (rows, columns) or (item.frame or 0) >= len(planes):
                     raise VolumeError(VolumeFault.HEADER_LIES, "A slice's number of voxels is not that of its header.")
-                plane = frames[item.frame or 0]
-                if top is None and (invert or item.frame is not None):
-                    raise _no_decoder(item.path)  # GDCM's values are rescaled already, by GDCM's rules
-                if invert:
-                    plane = top - plane.astype(np.int32)
-                plane = plane if top is None else rescale(plane, item.slope, item.intercept)
+                plane = planes[item.frame or 0]
+                plane = rescale(top - plane.astype(np.int32) if invert else plane, item.slope, item.intercept)
                 volume = _fitting(volume, plane)
                 volume[k] = plane
     return volume
+
+
+def _tiles(frames: np.ndarray, item: Slice) -> np.ndarray:
+    """The tiles of a mosaic, one after the other."""
+    (rows, columns), n = item.shape, item.tiles
+    if frames.shape != (1, rows * n, columns * n):
+        return frames
+    return frames.reshape(n, rows, n, columns).transpose(0, 2, 1, 3).reshape(n * n, rows, columns)
 
 
 def _fitting(volume: np.ndarray, plane: np.ndarray) -> np.ndarray:
@@ -403,34 +362,78 @@ def _fitting(volume: np.ndarray, plane: np.ndarray) -> np.ndarray:
     return volume
 
 
-def _decode(path: Path):
-    """(frames, rows, columns) of one file, and the sum of a stored value and its inverse; None if rescaled already."""
+def _decode(path: Path) -> tuple[np.ndarray, int]:
+    """(stored values (frames, rows, columns) of one file, the sum of a stored value and its inverse)."""
     try:
         dataset = pydicom.dcmread(path, force=True)
         if dataset.preamble is None and "TransferSyntaxUID" not in dataset.file_meta:
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian  # as `_header` found
         syntax = dataset.file_meta.TransferSyntaxUID
-        if not syntax.is_compressed or get_decoder(syntax).is_available:
-            array = pixel_array(dataset, raw=True)
-            top = -1 if int(dataset.PixelRepresentation) else 2 ** int(dataset.BitsStored) - 1
-            return array.reshape(-1, *array.shape[-2:]), top
+        top = -1 if int(dataset.PixelRepresentation) else 2 ** int(dataset.BitsStored) - 1
+        plugins = _plugins(syntax)
+        if not syntax.is_compressed or plugins and syntax not in GDCM_FIRST:
+            array = pixel_array(dataset, raw=True, decoding_plugin="pylibjpeg" if "pylibjpeg" in plugins else "")
+        elif syntax in GDCM_SYNTAXES:
+            array = _decode_by_gdcm(dataset)
+        else:
+            raise _no_decoder(syntax)
+        return array.reshape(-1, *array.shape[-2:]), top
+    except VolumeError:
+        raise
     except DECODE_ERRORS:
         raise damaged("the voxels of a slice cannot be decoded") from None
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
+
+
+def _plugins(syntax) -> tuple:
+    """pydicom's decoders of a transfer syntax that are installed."""
     try:
+        decoder = get_decoder(syntax) if syntax.is_compressed else None
+    except NotImplementedError:
+        return ()
+    return decoder.available_plugins if decoder is not None and decoder.is_available else ()
+
+
+def _decode_by_gdcm(dataset) -> np.ndarray:
+    """Stored values, from a temporary file that holds the packed voxels and nothing of the patient.
+
+    Given the whole file, GDCM would rescale the values and invert MONOCHROME1 by its rules.
+    """
+    frames, bare = int(dataset.get("NumberOfFrames") or 1), pydicom.Dataset()
+    for name in ("Rows", "Columns", "BitsAllocated", "SamplesPerPixel"):
+        setattr(bare, name, getattr(dataset, name))
+    bare.BitsStored, bare.HighBit, bare.PixelRepresentation = bare.BitsAllocated, bare.BitsAllocated - 1, 0
+    bare.SOPClassUID, bare.SOPInstanceUID = f"{SECONDARY_CAPTURE}.3", "2.25.1"
+    bare.PhotometricInterpretation, bare.NumberOfFrames, bare.PixelData = "MONOCHROME2", frames, dataset.PixelData
+    bare["PixelData"].VR, bare["PixelData"].is_undefined_length = "OB", True
+    bare.file_meta = pydicom.dataset.FileMetaDataset()
+    bare.file_meta.TransferSyntaxUID = syntax = dataset.file_meta.TransferSyntaxUID
+    bare.file_meta.MediaStorageSOPClassUID, bare.file_meta.MediaStorageSOPInstanceUID = bare.SOPClassUID, "2.25.1"
+    with tempfile.TemporaryDirectory() as folder:
+        bare.save_as(f"{folder}/voxels.dcm", enforce_file_format=True)
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(f"{folder}/voxels.dcm")
         array = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError:  # its message holds the path
-        raise _no_decoder(path) from None
-    return array.reshape(-1, *array.shape[-2:]), None
+    array = array.reshape(frames, int(dataset.Rows), int(dataset.Columns))
+    check = jpeg_is_consistent if syntax in JPEG_LOSSLESS else rle_is_consistent if syntax == RLE else None
+    streams = generate_frames(dataset.PixelData, number_of_frames=frames) if check else ()
+    if not all(check(stream, plane) for stream, plane in zip(streams, array, strict=False)):
+        raise damaged("the compressed voxels of a slice hold more or fewer values than a slice has")
+    return _of_stored_bits(array, int(dataset.BitsStored), int(dataset.HighBit), int(dataset.PixelRepresentation))
 
 
-def _no_decoder(path: Path) -> VolumeError:
-    syntax = pydicom.dcmread(path, stop_before_pixels=True, force=True).file_meta.TransferSyntaxUID
+def _of_stored_bits(array: np.ndarray, stored: int, high: int, signed: int) -> np.ndarray:
+    """The bits that hold the value, with its sign."""
+    array = array >> (high + 1 - stored) & (1 << stored) - 1
+    if not signed:
+        return array
+    return (array.astype(np.int32) ^ 1 << (stored - 1)) - (1 << (stored - 1))
+
+
+def _no_decoder(syntax) -> VolumeError:
     name = syntax.name if syntax.name != str(syntax) else "an unknown transfer syntax"
     return VolumeError(
         VolumeFault.MISSING_DECODER,
-        f"There is no decoder here for {name}: {INSTALL.get(str(syntax), 'pip install pylibjpeg[all]')}. If that does "
-        "not help, the slice is damaged.",
+        f"There is no decoder here for {name}. Try pip install pylibjpeg pylibjpeg-openjpeg, or convert the series to "
+        "an uncompressed transfer syntax.",
     )

@@ -135,19 +135,23 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     VolumeFault.LINK_LEAVES_FOLDER: ("refuse", "A link out of the folder may point to another patient's slice."),
     VolumeFault.NON_IMAGING_DICOM_FILES: (
         "warn",
-        "Reports, references of masks and other files beside the slices are left out and counted. Refused where "
-        "there are no slices.",
+        "Reports, RT structure sets, text and other files beside the slices are left out and counted by kind. Refused "
+        "where there are no slices.",
     ),
     VolumeFault.MISSING_DECODER: (
         "refuse",
-        "The transfer syntax needs a library; the message gives its install line.",
+        "The transfer syntax or encoding has no decoder here; the message tells what to install or how to convert.",
     ),
     VolumeFault.NOT_THREE_DIMENSIONAL: ("refuse", "A plane or a five-dimensional array is not a scan."),
-    VolumeFault.SEVERAL_FRAMES: ("refuse", "Times, phases or echoes: choose one with `frame=`."),
+    VolumeFault.SEVERAL_FRAMES: (
+        "refuse",
+        "Times, phases, echoes, b-values, kernels or acquisitions: choose one with `frame=`; the message lists them.",
+    ),
     VolumeFault.SEVERAL_SERIES: ("refuse", "Choose one with `series=`; the message lists them without patient data."),
     VolumeFault.TOO_FEW_SLICES: (
         "refuse",
-        "A localiser or a single slice is no volume. Beside a proper series localisers are left out with a warning.",
+        "A localiser or a single slice is no volume. Beside or within a proper series localisers are left out, with a "
+        "warning.",
     ),
     VolumeFault.NOT_SCALAR: ("refuse", "Colour, vectors and complex numbers have no HU and no single intensity."),
     VolumeFault.NO_GEOMETRY: ("refuse", "Without spacing and orientation, left and right would be a guess."),
@@ -162,12 +166,15 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     ),
     VolumeFault.OBLIQUE: ("read", "The grid follows the scan's axes; the angle is in the report."),
     VolumeFault.ANISOTROPIC_IN_PLANE: ("read", "Row and column spacing are kept apart."),
-    VolumeFault.QFORM_SFORM_DISAGREE: ("warn", "The sform is used, as nibabel does; the other may be the right one."),
+    VolumeFault.QFORM_SFORM_DISAGREE: (
+        "warn",
+        "The sform is used, as nibabel does; the qform where the sform is all zero.",
+    ),
     VolumeFault.UNIT_NOT_MILLIMETRE: ("warn", "Metres and micrometres are turned into millimetres."),
     VolumeFault.IMAGE_ORIENTATION_INCONSISTENT: ("refuse", "Slices that are not parallel are not one volume."),
     VolumeFault.SLICE_INCREMENT_INCONSISTENT: (
         "refuse",
-        'Above 1 % no regular grid fits (a warning from 0.1 %); `gaps="interpolate"` makes it regular.',
+        'Above 1 % no regular grid fits (a warning from 0.1 %); `gaps="resample"` makes it regular.',
     ),
     VolumeFault.MISSING_SLICES: (
         "refuse",
@@ -175,7 +182,7 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     ),
     VolumeFault.DUPLICATE_SLICES: (
         "refuse",
-        "Two slices in one place; files equal byte for byte are read once, with a warning.",
+        "Two slices in one place; equal files and equal voxels are read once, with a warning.",
     ),
     VolumeFault.INCONSISTENT_SLICES: ("refuse", "Slices of one series differ in size, spacing or kind."),
     VolumeFault.MULTIFRAME: ("read", "Enhanced multi-frame: geometry by frame, from the functional groups."),
@@ -198,13 +205,13 @@ POLICY: dict[VolumeFault, tuple[str, str]] = {
     ),
     VolumeFault.MODALITY_UNKNOWN: (
         "refuse",
-        '`modality="auto"` takes the DICOM tag, or CT where values reach below -500 '
-        'and above 0. Nothing else is guessed: set "ct" or "mr".',
+        '`modality="auto"` takes the DICOM tag, or CT where the values are surely HU (a peak of air near -1000 on the '
+        'faces, soft tissue within). Nothing else is guessed: set "ct" or "mr".',
     ),
     VolumeFault.MODALITY_UNSUPPORTED: (
         "refuse",
         "PET (SUV needs dose, weight and time), ultrasound, doses, masks: no scale "
-        "is defined for them. Also where the tag contradicts `modality=`.",
+        "is defined for them. Also where the tag contradicts `modality=`; OT and SC contradict nothing.",
     ),
 }
 

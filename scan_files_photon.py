@@ -43,6 +43,7 @@ SITK_TYPES = {
     "i1": "sitkInt8", "u1": "sitkUInt8", "i2": "sitkInt16", "u2": "sitkUInt16", "i4": "sitkInt32", "u4": "sitkUInt32",
     "f4": "sitkFloat32",
 }  # fmt: skip
+LISTED_FRAMES = 12
 CHUNK = 1 << 20  # bytes
 AHEAD = 48  # chunks that may be inflated and not yet used
 SUFFIXES = {"nifti": (".nii", ".nii.gz"), "nrrd": (".nrrd", ".nhdr"), "meta": (".mha", ".mhd")}
@@ -56,7 +57,8 @@ class ReadOptions:
     frame: which frame (time, phase, echo) of a 4D scan, from 0.
     max_voxels: larger scans are refused from the header alone.
     tilt: "resample" (with a warning) or "refuse" a sheared scan.
-    gaps: "refuse" or "interpolate" (with a warning) missing or unevenly spaced slices.
+    gaps: "refuse" missing or unevenly spaced slices; "resample" (with a warning) uneven ones to an even distance; or
+        "interpolate" (with a warning) missing ones too.
     monochrome1: "refuse", or what the stored values of a MONOCHROME1 series mean: "as_stored" or "invert".
     fill_nonfinite: value for NaN and inf, which are refused without it.
     """
@@ -77,7 +79,7 @@ class ReadOptions:
 
 CHOICES = {
     "tilt": ("resample", "refuse"),
-    "gaps": ("refuse", "interpolate"),
+    "gaps": ("refuse", "resample", "interpolate"),
     "monochrome1": ("refuse", "as_stored", "invert"),
 }
 
@@ -171,14 +173,16 @@ def check_shape(shape, max_voxels: int) -> None:
         )
 
 
-def choose_frame(frames: int, frame: int | None, how: str = "the fourth axis") -> int:
-    """Index of the one frame to read, from 0; never guessed where a scan has several."""
+def choose_frame(frames: int, frame: int | None, names=()) -> int:
+    """Index of the one frame to read, from 0; never guessed where a scan has several. names: what each frame is."""
     if frame is None:
         if frames > 1:
+            listed = "; ".join(f"{i}: {name}" for i, name in enumerate(names[:LISTED_FRAMES]))
+            listed += "; ..." if len(names) > LISTED_FRAMES else ""
             raise VolumeError(
                 VolumeFault.SEVERAL_FRAMES,
-                f"The scan has {frames} frames (times, phases or echoes, by {how}): choose one with frame=0 ... "
-                f"frame={frames - 1}.",
+                f"The scan has {frames} frames (times, phases, echoes, acquisitions){': ' if listed else ''}{listed}. "
+                f"Choose one with frame=0 ... frame={frames - 1}.",
             )
         return 0
     if not 0 <= frame < frames:
@@ -304,3 +308,61 @@ def check_rest(stream, frames_bytes: int, slice_bytes: int, packed: bool, findin
     if rest > frames_bytes:
         extra = rest - frames_bytes
         findings.note(VolumeFault.HEADER_LIES, f"{extra} bytes follow the last voxel; they are not used.")
+
+
+def jpeg_is_consistent(stream: bytes, samples: np.ndarray) -> bool:
+    """Whether a lossless JPEG stream (ITU-T T.81, process 14) is as long as the code of the samples decoded from it.
+
+    Decoders only print a warning when a damaged stream holds more or fewer codes than the image has samples, and the
+    image is wrong from the damage on. Streams with restart markers are not checked.
+    """
+    lengths, at, precision, start = {}, 2, 16, None
+    while start is None and at + 4 <= len(stream):
+        marker, size = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
+        segment, at = stream[at + 4 : at + 2 + size], at + 2 + size
+        if marker == 0xC4:  # Huffman tables: how many codes of each length, then their symbols
+            while len(segment) > 17:
+                counts, table = segment[1:17], segment[0] & 15
+                symbols = segment[17 : 17 + sum(counts)]
+                of = [length for length, number in enumerate(counts, start=1) for _ in range(number)]
+                lengths[table] = dict(zip(symbols, of, strict=False))
+                segment = segment[17 + sum(counts) :]
+        elif marker == 0xC3:
+            precision = segment[0]
+        elif marker == 0xDD and any(segment[:2]):
+            return True
+        elif marker == 0xDA:
+            table, predictor, shift, start = segment[2] >> 4, segment[3], segment[5] & 15, at
+    end = stream.rfind(b"\xff\xd9")
+    if start is None or end < start:
+        return False
+    values = (samples.astype(np.int64) & (1 << precision) - 1) >> shift
+    left, above, corner = np.roll(values, 1, 1), np.roll(values, 1, 0), np.roll(values, 1, (0, 1))
+    guess = {
+        1: left, 2: above, 3: corner, 4: left + above - corner, 5: left + (above - corner >> 1),
+        6: above + (left - corner >> 1), 7: left + above >> 1,
+    }[predictor]  # fmt: skip
+    guess[0], guess[1:, 0] = left[0], above[1:, 0]
+    guess[0, 0] = 1 << (precision - shift - 1)
+    difference = np.abs((values - guess + (1 << 15)) % (1 << 16) - (1 << 15))
+    categories = np.bincount(np.ceil(np.log2(difference + 1)).astype(int).ravel())
+    codes = lengths.get(table, {})
+    if any(number and category not in codes for category, number in enumerate(categories)):
+        return False
+    bits = sum(int(number) * (codes[c] + (c if c < 16 else 0)) for c, number in enumerate(categories) if number)
+    packed = end - start - stream.count(b"\xff\0", start, end)
+    return 0 <= 8 * packed - bits < 16
+
+
+def rle_is_consistent(stream: bytes, samples: np.ndarray) -> bool:
+    """Whether each segment of a DICOM RLE stream (PS3.5 annex G) unpacks to one byte a sample, with no byte left."""
+    bounds = [int.from_bytes(stream[4 * i : 4 * i + 4], "little") for i in range(1, 1 + stream[0])] + [len(stream)]
+    for at, end in zip(bounds, bounds[1:], strict=False):
+        count = 0
+        while at < end and count < samples.size:
+            head = stream[at]
+            count += head + 1 if head < 128 else 257 - head if head > 128 else 0
+            at += head + 2 if head < 128 else 2 if head > 128 else 1
+        if count != samples.size or not end - 1 <= at <= end:
+            return False
+    return True

@@ -164,6 +164,17 @@ def interpolate_linear(image, grid: Geometry, *, window=None, outside: float = -
     return job.out
 
 
+def interpolate_slices(volume: np.ndarray, heights: np.ndarray, depth: int) -> np.ndarray:
+    """float32 (depth, rows, columns): slices at even heights, each from its two neighbours; `heights` in mm."""
+    even = np.linspace(0, heights[-1], depth)
+    above = np.clip(np.searchsorted(heights, even), 1, len(heights) - 1)
+    part = np.clip((even - heights[above - 1]) / (heights[above] - heights[above - 1]), 0, 1)
+    out = np.empty((depth, *volume.shape[1:]), np.float32)
+    for k, (a, t) in enumerate(zip(above, part, strict=True)):
+        out[k] = (1 - t) * volume[a - 1] + t * volume[a].astype(np.float32)
+    return out
+
+
 class SlabInterpolation:
     """Interpolates a scan linearly onto a grid, slab by slab, each slab from the few slices of the scan that it needs.
 

@@ -10,45 +10,74 @@ try:
 except ImportError:
     sitk = None
 
+AIR = (-1060, -940)  # HU
+TISSUE = (-160, 260)  # HU: fat, water, organs, vessels with contrast
+DENSE = 3200  # HU: more is metal
+
 
 def find_modality(image, modality: str = "auto", *, assume_hu: bool = False, values=None) -> str:
     """A scan's modality, "ct" or "mr", never guessed.
 
-    "auto": the DICOM modality where the scan has one; else "ct" where values reach below -500 and above 0, which only
-    HU do; else MODALITY_UNKNOWN. For "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits,
-    nothing below -500, nothing above 0) unless `assume_hu`, which is for crops within the body. `values`: the image's
-    smallest and largest value, where they are known already.
+    "auto": the DICOM modality where the scan has one; else "ct" where the values are surely HU (`is_surely_hu`); else
+    MODALITY_UNKNOWN. For "ct", asked for or found, numbers that cannot be HU are refused (NOT_HU: 8 bits, nothing
+    below -500, nothing above 0) unless `assume_hu`, which is for crops within the body. "ct" or "mr" also reads a scan
+    whose DICOM modality is OT or SC, which name no kind. `values`: the image's smallest and largest, where known.
     """
     if modality not in ("auto", "ct", "mr"):
         raise ValueError(f"modality is 'auto', 'ct' or 'mr', got {modality!r}")
     tag = image.GetMetaData(MODALITY_TAG).strip().upper() if image.HasMetaDataKey(MODALITY_TAG) else ""
     declared = {"CT": "ct", "MR": "mr"}.get(tag)
-    if tag and (declared is None or modality not in ("auto", declared)):
+    open_tag = tag in ("OT", "SC") and modality != "auto"
+    if tag and not open_tag and (declared is None or modality not in ("auto", declared)):
         reason = " (SUV needs dose, weight and times, and no model here was trained on it)" if tag == "PT" else ""
-        kind = tag if tag in MODALITIES else "another kind"
+        name = tag if tag in MODALITIES else "another kind"
         raise VolumeError(
             VolumeFault.MODALITY_UNSUPPORTED,
-            f"The scan's header says {kind}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
+            f"The scan's header says {name}{reason}; {'CT or MR' if modality == 'auto' else modality.upper()} was "
             "expected. Give such a scan, or set modality to what it is.",
         )
     lo, hi = values or value_range(image)
-    in_hu = lo < -500 and hi > 0 and image.GetPixelID() not in (sitk.sitkInt8, sitk.sitkUInt8)
     kind = declared or modality
-    if kind == "auto" and in_hu:
-        kind = "ct"
     if kind == "auto":
-        raise VolumeError(
-            VolumeFault.MODALITY_UNKNOWN,
-            f"The scan has no modality, and its values ({lo:g} to {hi:g}) are not surely HU. "
-            "Set modality to 'ct' or 'mr'.",
-        )
-    if kind == "ct" and not in_hu and not assume_hu:
+        if not is_surely_hu(image, (lo, hi)):
+            raise VolumeError(
+                VolumeFault.MODALITY_UNKNOWN,
+                f"The scan has no modality, and its values ({lo:g} to {hi:g}) are not surely HU: air near -1000 "
+                "around soft tissue was expected. Set modality to 'ct' or 'mr'.",
+            )
+        kind = "ct"
+    eight_bits = image.GetPixelID() in (sitk.sitkInt8, sitk.sitkUInt8)
+    if kind == "ct" and not (lo < -500 and hi > 0 and not eight_bits) and not assume_hu:
         raise VolumeError(
             VolumeFault.NOT_HU,
             f"A CT was expected, but the values ({lo:g} to {hi:g}) cannot be HU: air is at -1000 and water at 0. "
             "Undo the scaling (often: add the intercept), or set assume_hu for a crop within the body.",
         )
     return kind
+
+
+def is_surely_hu(image, values: tuple[float, float]) -> bool:
+    """Whether the numbers are a CT's beyond doubt: a peak of air on the faces of the volume, and soft tissue within.
+
+    Phase maps, perfusion maps and other MR products also reach below -500 and above 0. They have no peak at -1000:
+    their background is 0, noise over the whole range, or its lower end. One padding value below air is passed over.
+    """
+    if not (values[0] < -500 and values[1] > 0) or image.GetPixelID() in (sitk.sitkInt8, sitk.sitkUInt8):
+        return False
+    array = sitk.GetArrayViewFromImage(image)
+    faces = np.concatenate([array[[0, -1]].ravel(), array[:, [0, -1]].ravel(), array[:, :, [0, -1]].ravel()])
+    array = array[:: 1 + array.shape[0] // 128, :: 1 + array.shape[1] // 128, :: 1 + array.shape[2] // 128]
+    padding = values[0] if values[0] < AIR[0] else None
+    faces, inside = faces[faces != padding], array[array != padding]
+    if not faces.size or not inside.size:
+        return False
+    width = AIR[1] - AIR[0]
+    counts, edges = np.histogram(faces, np.arange(AIR[0] - 10 * width, DENSE, width))  # one of the bins is AIR
+    beyond_tissue = (edges[1:] <= TISSUE[0]) | (edges[:-1] >= TISSUE[1])
+    air = np.sum((faces >= AIR[0]) & (faces < AIR[1]))
+    tissue = np.mean((inside >= TISSUE[0]) & (inside <= TISSUE[1]))
+    far = np.mean((inside < AIR[0]) | (inside > DENSE))
+    return bool(air >= 0.03 * faces.size and air >= counts[beyond_tissue].max() and tissue >= 0.02 and far <= 0.02)
 
 
 def value_range(image) -> tuple[float, float]:

@@ -1,12 +1,14 @@
-"""One regular stack of parallel slices: which phase, where, how even, how tilted.
+"""From the headers of a DICOM series to one regular stack: where each slice lies, which frame, how even, how tilted.
 
 Geometry comes from positions and orientations alone. Scanners and exporters get slice thickness, slice location, the
-order of files and the gantry-tilt tag wrong, so none of these is used.
+order of files and the gantry-tilt tag wrong, so none of these places a slice.
 """
 
 import hashlib
+import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,52 @@ import numpy as np
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
 from .scan_files_photon import choose_frame
 
+try:
+    import pydicom
+except ImportError:
+    pydicom = None
+
 UNEVEN_WARN, UNEVEN_REFUSE = 1e-3, 1e-2  # of the median slice distance
 SAME_PLACE = 1e-2  # of the in-plane spacing: slices closer than this along the normal are one place
 MIN_TILT = 0.1  # degrees
-# Tags that may tell apart slices in one place, in this order; times come last, since they also differ by slice.
-PHASE_TAGS = [
-    "TemporalPositionIdentifier", "TemporalPositionIndex", "NominalPercentageOfCardiacPhase", "TriggerTime",
-    "EchoTime", "EffectiveEchoTime", "DiffusionBValue", "StackID", "AcquisitionNumber", "AcquisitionTime",
+HU_TYPES = ("", "HU", "US", "HU_MOD")  # of RescaleType; US is unspecified: then the values are checked
+# The functional group of a multi-frame file that holds a tag. Private groups repeat names with other values.
+MACROS = {
+    "ImagePositionPatient": "PlanePositionSequence", "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence", "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence", "RescaleType": "PixelValueTransformationSequence",
+    "TemporalPositionIndex": "FrameContentSequence", "StackID": "FrameContentSequence",
+    "FrameAcquisitionNumber": "FrameContentSequence", "FrameAcquisitionDateTime": "FrameContentSequence",
+    "NominalPercentageOfCardiacPhase": "CardiacSynchronizationSequence",
+    "NominalCardiacTriggerDelayTime": "CardiacSynchronizationSequence", "EffectiveEchoTime": "MREchoSequence",
+    "DiffusionBValue": "MRDiffusionSequence", "ComplexImageComponent": "MRImageFrameTypeSequence",
+    "ConvolutionKernel": "CTReconstructionSequence",
+}  # fmt: skip
+# Tags that may tell apart slices in one place, in this order, and how a message names their values. Times come last,
+# since they also differ by slice.
+FRAME_TAGS = {
+    "TemporalPositionIdentifier": "time {:g}", "TemporalPositionIndex": "time {:g}",
+    "NominalPercentageOfCardiacPhase": "cardiac phase {:g} %", "NominalCardiacTriggerDelayTime": "trigger {:g} ms",
+    "TriggerTime": "trigger {:g} ms", "EchoTime": "echo {:g} ms", "EffectiveEchoTime": "echo {:g} ms",
+    "InversionTime": "inversion {:g} ms", "FlipAngle": "flip angle {:g}", "DiffusionBValue": "b-value {:g}",
+    "DiffusionGradientOrientation": "direction", "ImageType": "type", "ComplexImageComponent": "type",
+    "ConvolutionKernel": "kernel", "KVP": "{:g} kV", "StackID": "stack", "AcquisitionNumber": "acquisition {:g}",
+    "FrameAcquisitionNumber": "acquisition {:g}", "AcquisitionTime": "time", "FrameAcquisitionDateTime": "time",
+    "ContentTime": "time",
+}  # fmt: skip
+TEXT_TAGS = {name for name, form in FRAME_TAGS.items() if "{" not in form}
+# Tags of which two values, slice by slice in turn, make two scans; and words that a message may quote.
+SCAN_TAGS = [
+    "ConvolutionKernel", "EchoTime", "EffectiveEchoTime", "InversionTime", "DiffusionBValue", "ImageType", "KVP",
+    "AcquisitionNumber",
 ]  # fmt: skip
+IMAGE_TYPES = set("ORIGINAL DERIVED PRIMARY SECONDARY M P R I MAGNITUDE PHASE REAL IMAGINARY ADC TRACEW FA".split())
+KERNELS = re.compile(r"[A-Z][a-z]?\d{2}[a-z]?|FC\d{2}|STANDARD|SOFT|DETAIL|BONE|BONEPLUS|LUNG|CHEST|EDGE")
 
 
 @dataclass
 class Slice:
-    """One plane of voxels: a classic file, or one frame of a multi-frame file."""
+    """One plane of voxels: a classic file, one frame of a multi-frame file, or one tile of a mosaic."""
 
     path: Path
     frame: int | None
@@ -37,36 +72,160 @@ class Slice:
     slope: float
     intercept: float
     unscaled: tuple[bool, bool]  # whether slope, intercept are missing, and so 1, 0
-    phases: dict
+    tags: dict  # of FRAME_TAGS, those that the header has
+    tiles: int = 0  # tiles on a side of the mosaic that holds this slice
 
 
-def one_phase(slices: list[Slice], frame: int | None, findings: Findings) -> list[Slice]:
-    """The slices of one time, phase or echo, sorted along their normal."""
+# === From headers to slices ==========================================================================================
+
+
+def slices_of(file: Path, dataset) -> list[Slice]:
+    """The slices of one file, from its header."""
+    if "MOSAIC" in str(dataset.get("ImageType")).upper():
+        return _mosaic_slices(file, dataset)
+    if "PerFrameFunctionalGroupsSequence" in dataset:
+        shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+        frames = dataset.PerFrameFunctionalGroupsSequence
+        if len(frames) != int(dataset.get("NumberOfFrames") or 1):
+            raise VolumeError(
+                VolumeFault.HEADER_LIES, "The multi-frame header describes another number of frames than it declares."
+            )
+        return [_slice(file, i, dataset, (frame, shared)) for i, frame in enumerate(frames)]
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        raise VolumeError(
+            VolumeFault.NO_GEOMETRY,
+            "A multi-frame file without functional groups does not tell where its frames lie. Export the series as "
+            "Enhanced or as single slices.",
+        )
+    return [_slice(file, None, dataset)]
+
+
+def _slice(file: Path, frame: int | None, dataset, groups=()) -> Slice:
+    def get(name):
+        macros = [group.get(MACROS.get(name, "")) for group in groups]
+        places = [macro[0] for macro in macros if macro] if groups else [dataset]
+        return next((p[name].value for p in places if name in p and p[name].value is not None), None)
+
+    def scale(name):  # secondary captures of many frames keep it outside the functional groups
+        return get(name) if get(name) is not None or name not in dataset else dataset[name].value
+
+    position, orientation = get("ImagePositionPatient"), get("ImageOrientationPatient")
+    spacing = get("PixelSpacing")
+    for value, length in ((position, 3), (orientation, 6), (spacing, 2)):
+        if value is None or len(np.atleast_1d(value)) != length:
+            raise VolumeError(
+                VolumeFault.NO_GEOMETRY,
+                "A slice does not tell where it lies (position, orientation or pixel spacing is missing). Export "
+                "the series again from its source.",
+            )
+    slope, intercept = scale("RescaleSlope"), scale("RescaleIntercept")
+    _check_scale(dataset, scale("RescaleType"))
+    names = [*FRAME_TAGS, "SliceThickness"]
+    values = {name: get(name) if get(name) is not None else dataset.get(name) for name in names}
+    values["DiffusionBValue"] = _b_value(dataset) if values["DiffusionBValue"] is None else values["DiffusionBValue"]
+    tags = {
+        name: str(value) if name in TEXT_TAGS else _number(value)
+        for name, value in values.items()
+        if value is not None
+    }
+    return Slice(
+        file, frame, np.array(position, dtype=float), np.array(orientation, dtype=float), np.array(spacing,
+        dtype=float), (int(dataset.Rows), int(dataset.Columns)), 1.0 if slope is None else float(slope),
+        0.0 if intercept is None else float(intercept), (slope is None, intercept is None), tags,
+    )  # fmt: skip
+
+
+def _number(value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("inf")
+
+
+def _b_value(dataset):
+    """Diffusion's b-value where vendors kept it before the standard had a tag, or None."""
+    for creator, name, tag in (
+        ((0x0019, 0x0010), "SIEMENS MR HEADER", (0x0019, 0x100C)),
+        ((0x0043, 0x0010), "GEMS_PARM_01", (0x0043, 0x1039)),
+    ):
+        if creator in dataset and str(dataset[creator].value) == name and tag in dataset:
+            value = dataset[tag].value
+            value = value.decode("ascii", "replace").strip("\0 ") if isinstance(value, bytes) else value
+            value = str(value).split("\\")[0] if isinstance(value, str) else np.atleast_1d(value)[0]
+            return _number(value) % 1e9  # GE adds a flag of 1e9
+    return None
+
+
+def _check_scale(dataset, kind) -> None:
+    if dataset.get("ModalityLUTSequence"):
+        raise VolumeError(
+            VolumeFault.NOT_HU,
+            "The slices' numbers go through a table (Modality LUT) instead of slope and intercept. Export the series "
+            "with its values applied.",
+        )
+    if dataset.get("Modality") == "CT" and str(kind or "").strip().upper() not in HU_TYPES:
+        raise VolumeError(
+            VolumeFault.NOT_HU,
+            "The CT's numbers are of another kind than HU by its header, such as a concentration or an electron "
+            "density. Give the series in HU.",
+        )
+
+
+def _mosaic_slices(file: Path, dataset) -> list[Slice]:
+    """The tiles of a Siemens mosaic, placed by nibabel from the private header."""
+    whole = _slice(file, 0, dataset)
+    try:  # here, because it warns when it is imported
+        from nibabel.nicom import dicomwrappers
+    except ImportError:
+        raise ImportError("reading a Siemens mosaic needs nibabel: pip install nibabel") from None
+    try:
+        mosaic = dicomwrappers.wrapper_from_data(pydicom.dcmread(file, stop_before_pixels=True, force=True))
+        first, normal = np.array(mosaic.image_position), np.array(mosaic.slice_normal)
+        count, tiles, distance = int(mosaic.n_mosaic), int(mosaic.mosaic_size), float(mosaic.voxel_sizes[2])
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, dicomwrappers.WrapperError):
+        raise VolumeError(
+            VolumeFault.NO_GEOMETRY,
+            "The file is a Siemens mosaic (all slices of a volume as tiles of one image) without the private header "
+            "that places its tiles. Convert the original series with dcm2niix.",
+        ) from None
+    if tiles**2 < count or any(n % tiles for n in whole.shape):
+        raise VolumeError(VolumeFault.HEADER_LIES, "The tiles of the Siemens mosaic do not fit its rows and columns.")
+    shape = whole.shape[0] // tiles, whole.shape[1] // tiles
+    return [
+        Slice(file, k, first + normal * (k * distance), whole.orientation, whole.spacing, shape, whole.slope,
+              whole.intercept, whole.unscaled, whole.tags, tiles)
+        for k in range(count)
+    ]  # fmt: skip
+
+
+# === From slices to one frame ========================================================================================
+
+
+def one_frame(slices: list[Slice], frame: int | None, modality: str, findings: Findings) -> list[Slice]:
+    """The slices of one time, phase, echo or acquisition, sorted along their normal."""
     normal = _normal(slices)
     heights = np.array([s.position @ normal for s in slices])
     slices = [slices[i] for i in np.argsort(heights, kind="stable")]
     places = _places(slices, normal)
-    repeats = {len(p) for p in places}
-    if repeats == {1}:
-        choose_frame(1, frame)
-        return slices
-    slices = _without_copies(places, findings)
-    places = _places(slices, normal)
-    if {len(p) for p in places} == {1}:
-        choose_frame(1, frame)
-        return slices
-    for name in PHASE_TAGS:
-        phases = defaultdict(list)
-        for item in slices:
-            phases[item.phases.get(name)].append(item)
-        complete = all(len(p) == len(places) == len(_places(p, normal)) for p in phases.values())
-        if None not in phases and len(phases) > 1 and complete:
-            return phases[sorted(phases)[choose_frame(len(phases), frame, name)]]
-    raise VolumeError(
-        VolumeFault.DUPLICATE_SLICES,
-        f"{len(slices)} slices lie in {len(places)} places, and no tag divides them into complete scans. Keep one "
-        "slice for each place in the folder.",
-    )
+    frames = []
+    if len(places) < len(slices):
+        slices, copies = _without_copies(places, _file_content)
+        places = _places(slices, normal)
+        frames = _frames_by_tags(slices, len(places), normal) if len(places) < len(slices) else []
+        if len(places) < len(slices) and not frames:
+            slices, same = _without_copies(places, _voxel_content)
+            places, copies = _places(slices, normal), copies + same
+        if copies:
+            findings.warn(VolumeFault.DUPLICATE_SLICES, f"{copies} slices are copies, with equal voxels; read once.")
+        if len(places) < len(slices) and not frames:
+            raise VolumeError(
+                VolumeFault.DUPLICATE_SLICES,
+                f"{len(slices)} slices lie in {len(places)} places, and no tag divides them into complete scans. Keep "
+                "one slice for each place in the folder.",
+            )
+    frames = frames or _interleaved(slices, modality)
+    index = choose_frame(len(frames) or 1, frame, [name for name, _ in frames])
+    return frames[index][1] if frames else slices
 
 
 def _normal(slices: list[Slice]) -> np.ndarray:
@@ -101,19 +260,103 @@ def _places(slices: list[Slice], normal: np.ndarray) -> list[list[Slice]]:
     return places
 
 
-def _without_copies(places: list[list[Slice]], findings: Findings) -> list[Slice]:
+def _without_copies(places: list[list[Slice]], content_of) -> tuple[list[Slice], int]:
+    """(slices, number of those left out): of slices in one place with equal content the first is kept."""
     kept, copies = [], 0
     for place in places:
         contents = set()
         for item in place:
-            content = (hashlib.sha256(item.path.read_bytes()).digest(), item.frame) if len(place) > 1 else None
+            content = content_of(item) if len(place) > 1 else None
             copies += content in contents
             if content not in contents:
                 kept.append(item)
             contents.add(content)
-    if copies:
-        findings.warn(VolumeFault.DUPLICATE_SLICES, f"{copies} slices are copies, equal byte for byte; read once.")
-    return kept
+    return kept, copies
+
+
+def _file_content(item: Slice):
+    return hashlib.sha256(item.path.read_bytes()).digest(), item.frame
+
+
+def _voxel_content(item: Slice):
+    """Equal for a slice that was sent twice under two instance UIDs."""
+    if item.frame is not None:
+        return item.path, item.frame
+    voxels = pydicom.dcmread(item.path, force=True).get("PixelData", b"")
+    return hashlib.sha256(voxels).digest(), item.slope, item.intercept, tuple(np.round(item.position, 3))
+
+
+def _frames_by_tags(slices: list[Slice], places: int, normal: np.ndarray) -> list[tuple[str, list[Slice]]]:
+    """[(what it is, slices)] of the fewest tags that part the slices into scans of one slice a place, else []."""
+    varying = [name for name in FRAME_TAGS if len({s.tags.get(name) for s in slices}) > 1]
+    for least in (places, 4):  # complete scans, or else parts of the stack
+        for names in (c for size in (1, 2, 3) for c in combinations(varying, size)):
+            groups = _grouped(slices, names)
+            if all(least <= len(g) == len(_places(g, normal)) for g in groups.values()):
+                return _named(groups, varying)
+    return []
+
+
+def _grouped(slices: list[Slice], names) -> dict:
+    groups = defaultdict(list)
+    for item in slices:  # a missing value (the direction of a b-value of 0) comes first
+        groups[tuple((name in item.tags, item.tags.get(name, 0)) for name in names)].append(item)
+    return dict(sorted(groups.items()))
+
+
+def _named(groups: dict, names) -> list[tuple[str, list[Slice]]]:
+    """Frames named by what differs between them and not within them."""
+    words = [[] for _ in groups]
+    for name in names:
+        values = [{s.tags.get(name) for s in group} for group in groups.values()]
+        if max(map(len, values)) == 1:
+            values = [value for (value,) in values]
+            numbers = {value: 1 + i for i, value in enumerate(dict.fromkeys(values))}
+            for i, value in enumerate(values):
+                words[i].append(_word(name, value, numbers[value]))
+    return [
+        (", ".join(dict.fromkeys([*w, f"{len(group)} slices"])), group)
+        for w, group in zip(words, groups.values(), strict=True)
+    ]
+
+
+def _word(name: str, value, number: int) -> str:
+    """A value in the words of physics; of a text only what cannot be a person's."""
+    form = FRAME_TAGS[name]
+    if value is None:
+        return f"no {form.replace(' {:g}', '')}"
+    if name not in TEXT_TAGS:
+        return form.format(value)
+    if name == "ImageType":
+        known = [word for word in re.findall(r"\w+", value.upper()) if word in IMAGE_TYPES]
+        return f"type {number} ({' '.join(known)})"
+    if name == "ConvolutionKernel" and KERNELS.fullmatch(value):
+        return f"kernel {value}"
+    return f"{form} {number}"
+
+
+def _interleaved(slices: list[Slice], modality: str) -> list[tuple[str, list[Slice]]]:
+    """Two or more scans whose slices lie between each other's, as of two kernels at half the distance; else []."""
+    for name in SCAN_TAGS:
+        groups = _grouped(slices, [name])
+        if len(groups) < 2 or min(map(len, groups.values())) < 4:
+            continue
+        order = [s.tags.get(name) for s in slices]
+        changes = sum(a != b for a, b in zip(order, order[1:], strict=False))
+        if changes < len(groups) + 1:  # one after the other, as of two stations
+            continue
+        if name == "AcquisitionNumber" and modality == "MR" and _touching(slices):
+            continue  # one stack in two passes: its slices do not overlap
+        return _named(groups, [name])
+    return []
+
+
+def _touching(slices: list[Slice]) -> bool:
+    thickness = slices[0].tags.get("SliceThickness", 0)
+    return np.median(np.linalg.norm(np.diff([s.position for s in slices], axis=0), axis=1)) > 0.8 * thickness > 0
+
+
+# === From slices to a stack ==========================================================================================
 
 
 def place_stack(slices: list[Slice], gaps: str, findings: Findings):
@@ -132,18 +375,25 @@ def place_stack(slices: list[Slice], gaps: str, findings: Findings):
     heights = (positions - positions[0]) @ normal
     steps = np.diff(heights)
     median = float(np.median(steps))
-    uneven = np.abs(steps / median - 1)
-    worst = int(uneven.argmax())
+    uneven = np.abs(steps / median - 1).max()
     depth, interpolated = len(slices), False
-    if uneven[worst] > UNEVEN_REFUSE:
-        _refuse_gap(steps, median, worst, gaps, findings)
-        depth, interpolated = round(heights[-1] / median) + 1, True
-    elif uneven[worst] > UNEVEN_WARN:
+    unit = _rounding(positions, heights, normal)
+    if unit:
+        if uneven > UNEVEN_REFUSE:
+            findings.note(
+                VolumeFault.SLICE_INCREMENT_INCONSISTENT, "The positions are rounded in the header; read as even."
+            )
+    elif uneven > UNEVEN_REFUSE:
+        distance = _accept_gaps(steps, median, gaps, findings)
+        depth, interpolated = round(heights[-1] / distance) + 1, True
+    elif uneven > UNEVEN_WARN:
         findings.warn(
             VolumeFault.SLICE_INCREMENT_INCONSISTENT,
-            f"The slice distance varies by {100 * uneven[worst]:.2f} % of {median:.3f} mm; read as even.",
+            f"The slice distance varies by {100 * uneven:.2f} % of {median:.3f} mm; read as even.",
         )
-    drift = (positions[-1] - positions[0]) / heights[-1]  # mm along the stack, one mm of height each
+    along = positions[-1] - positions[0]
+    along = normal * heights[-1] if np.linalg.norm(along - normal * heights[-1]) < 2 * unit else along
+    drift = along / heights[-1]  # mm along the stack, one mm of height each
     off = np.linalg.norm(positions - positions[0] - heights[:, None] * drift, axis=1).max()
     if off > max(0.1, 0.1 * slices[0].spacing.min()):
         raise VolumeError(
@@ -157,33 +407,43 @@ def place_stack(slices: list[Slice], gaps: str, findings: Findings):
         )
     affine, (row, column) = np.eye(4), slices[0].orientation.reshape(2, 3)
     affine[:3, 0], affine[:3, 1] = row * slices[0].spacing[1], column * slices[0].spacing[0]
-    affine[:3, 2], affine[:3, 3] = (positions[-1] - positions[0]) / (depth - 1), positions[0]
+    affine[:3, 2], affine[:3, 3] = along / (depth - 1), positions[0]
     if abs(slices[0].spacing[0] / slices[0].spacing[1] - 1) > 1e-3:
         findings.note(VolumeFault.ANISOTROPIC_IN_PLANE, "Row and column spacing differ; both are used.")
     return affine, depth, heights if interpolated else None
 
 
-def _refuse_gap(steps, median: float, worst: int, gaps: str, findings: Findings) -> None:
-    missing = steps / median - np.rint(steps / median)
-    whole = np.abs(missing).max() < 0.05 and steps[worst] > 1.5 * median
-    fault = VolumeFault.MISSING_SLICES if whole else VolumeFault.SLICE_INCREMENT_INCONSISTENT
-    gap = (
-        f"Between slices {worst + 1} and {worst + 2} of {len(steps) + 1} (counted along the stack) the distance is "
-        f"{steps[worst]:.3f} mm, elsewhere {median:.3f} mm"
-    )
-    if gaps == "refuse":
-        raise VolumeError(
-            fault, f'{gap}. Fetch the missing slices, or accept interpolated ones with gaps="interpolate".'
+def _rounding(positions: np.ndarray, heights: np.ndarray, normal: np.ndarray) -> float:
+    """The unit in mm of positions written with one or two decimals, where the slices are even otherwise; else 0."""
+    distance, off = heights[-1] / (len(heights) - 1), np.abs(heights - np.linspace(0, heights[-1], len(heights))).max()
+    for unit in (0.1, 0.01):
+        if unit < 0.2 * distance and np.abs(positions / unit - np.rint(positions / unit)).max() < 1e-4:
+            return unit if off <= unit * np.abs(normal).sum() else 0.0  # half a unit here, half at the ends
+    return 0.0
+
+
+def _accept_gaps(steps, median: float, gaps: str, findings: Findings) -> float:
+    """The distance to interpolate to, in mm, where `gaps` allows it; otherwise refuses with the gap's place."""
+    worst = int(np.abs(steps - median).argmax())
+    parts = np.split(steps, 1 + np.flatnonzero(np.abs(np.diff(steps)) > 0.02 * steps[:-1]))
+    planned = [part.mean() for part in parts if len(part) >= 3]
+    between = [step for part in parts if len(part) < 3 for step in part]
+    changes = len(planned) > 1 and np.abs(np.diff(planned)).min() > 0.02 * min(planned)
+    if changes and len(between) < len(planned) and all(min(planned) < step < max(planned) for step in between):
+        fault, distance, way = VolumeFault.SLICE_INCREMENT_INCONSISTENT, min(planned), "resample"
+        gap = f"The slice distance changes along the stack ({', then '.join(f'{d:.3f} mm' for d in planned)})"
+    else:
+        missing = np.abs(steps / median - np.rint(steps / median)).max() < 0.05 and steps[worst] > 1.5 * median
+        fault = VolumeFault.MISSING_SLICES if missing else VolumeFault.SLICE_INCREMENT_INCONSISTENT
+        distance, way = median, "interpolate" if missing else "resample"
+        gap = (
+            f"Between slices {worst + 1} and {worst + 2} of {len(steps) + 1} (counted along the stack) the distance "
+            f"is {steps[worst]:.3f} mm, elsewhere {median:.3f} mm"
         )
-    findings.warn(fault, f"{gap}; interpolated to even slices.")
-
-
-def interpolate(volume: np.ndarray, heights: np.ndarray, depth: int) -> np.ndarray:
-    """float32 (depth, rows, columns): slices at even heights, each from its two neighbours."""
-    wanted = np.linspace(0, heights[-1], depth)
-    above = np.clip(np.searchsorted(heights, wanted), 1, len(heights) - 1)
-    part = np.clip((wanted - heights[above - 1]) / (heights[above] - heights[above - 1]), 0, 1)
-    out = np.empty((len(wanted), *volume.shape[1:]), np.float32)
-    for k, (a, t) in enumerate(zip(above, part, strict=True)):
-        out[k] = (1 - t) * volume[a - 1] + t * volume[a].astype(np.float32)
-    return out
+    if gaps not in (way, "interpolate"):
+        advice = (
+            "Fetch the missing slices, or accept interpolated ones with" if way == "interpolate" else "Read it with"
+        )
+        raise VolumeError(fault, f'{gap}. {advice} gaps="{way}".')
+    findings.warn(fault, f"{gap}; interpolated to an even distance of {distance:.3f} mm.")
+    return distance

@@ -642,6 +642,7 @@ def test_slices_are_the_scans_own_upright_and_windowed(tmp_path):
     rng = np.random.default_rng(0)
     shape, spacing = (20, 26, 9), (1.5, 3.0, 7.0)
     ras = rng.integers(-1000, 1000, shape).astype(np.int16)
+    ras[0] = -1000  # air, without which values are no HU
     nifti = nib.Nifti1Image(ras, np.diag([*spacing, 1.0]))
     other = nib.as_closest_canonical(nifti).as_reoriented(
         nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt("PIR"))

@@ -332,14 +332,9 @@ def test_jpeg_lossless_written_by_gdcm(tmp_path):
     syntaxes = {str(pydicom.dcmread(p).file_meta.TransferSyntaxUID) for p in folder.iterdir()}
     assert syntaxes == {"1.2.840.10008.1.2.4.70"}
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read_volume(folder)), hu())
-    for path in folder.iterdir():
-        ds = pydicom.dcmread(path)
-        ds.PhotometricInterpretation = "MONOCHROME1"
-        ds.save_as(path)
-    assert codes(folder, monochrome1="invert") == {Fault.MISSING_DECODER}  # GDCM gives no stored values to invert
 
 
-def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
+def test_what_gdcm_refuses_is_damage_and_its_message_stays_inside(tmp_path, monkeypatch):
     folder = write_series(
         tmp_path / "packed",
         lambda ds, k: ds.compress(JPEG2000Lossless, generate_instance_uid=False),
@@ -347,9 +342,9 @@ def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(dicom, "get_decoder", lambda uid: type("None", (), {"is_available": False}))
     monkeypatch.setattr(sitk.ImageFileReader, "Execute", lambda self: (_ for _ in ()).throw(RuntimeError("/secret")))
-    with pytest.raises(VolumeError, match="pip install pylibjpeg pylibjpeg-openjpeg") as error:
+    with pytest.raises(VolumeError) as error:
         read_volume(folder)
-    assert error.value.fault == Fault.MISSING_DECODER and "secret" not in str(error.value)
+    assert error.value.fault == Fault.DAMAGED_FILE and "secret" not in str(error.value)
 
 
 # === Enhanced multi-frame ============================================================================================
@@ -596,7 +591,8 @@ def test_non_finite_voxels_are_filled_on_request():
 
 def test_every_code_has_a_policy_and_a_test():
     assert set(faults.POLICY) == set(Fault) and faults.policy_table().count("\n") == len(Fault) + 1
-    source = Path(__file__).read_text() + Path(__file__).with_name("test_volume.py").read_text()
+    names = ("test_faults.py", "test_volume.py", "test_dicom_series.py", "test_text_headers.py")
+    source = "".join(Path(__file__).with_name(name).read_text("utf-8") for name in names)
     assert not [fault.name for fault in Fault if f"Fault.{fault.name}" not in source and fault.name not in source]
 
 

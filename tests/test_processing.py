@@ -25,7 +25,9 @@ def processor():
 def scan(seed=0, size=SIZE, spacing=(5.1, 6.3, 7.7), direction=None):
     """A random CT-like SimpleITK image, oblique unless told."""
     rng = np.random.default_rng(seed)
-    image = sitk.GetImageFromArray(rng.integers(-1000, 1000, size[::-1]).astype(np.int16))
+    array = rng.integers(-1000, 1000, size[::-1]).astype(np.int16)
+    array[0] = -1000  # air, without which values are no HU
+    image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing)
     image.SetOrigin((-31.0, 17.0, 240.0))
     if direction is None:
@@ -279,6 +281,7 @@ def test_a_bright_corner_lands_where_the_orientation_says(processor):
     """A hot block in the patient's right-anterior-superior corner: first column, last row, first slab in LAI."""
     array = np.full((40, 50, 60), -1000, dtype=np.int16)  # z, y, x in LPS: right is low x, anterior low y
     array[-8:, :10, :12] = 900
+    array[5:20, 20:40, 20:50] = -50  # soft tissue, without which values are no HU
     image = sitk.GetImageFromArray(array)
     image.SetSpacing((6.0, 7.0, 8.0))
     stored = sitk.DICOMOrient(image, "SRP")  # another order and other directions on disk
