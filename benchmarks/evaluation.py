@@ -23,9 +23,9 @@ from common import ROOT, arguments, interleaved, report
 from photon.configuration_photon import PhotonConfig
 from photon.evaluation.encoded_scans import EncodedScans
 from photon.evaluation.models import VolumeModel
-from photon.loading import build_processor  # noqa: E402
+from photon.loading import build_processor
 from photon.modeling_photon import PhotonForConditionalGeneration
-from photon.phantoms import dataset as phantoms
+from photon.phantoms.patient import PhantomConfig, make_patient
 
 KEPT, ANSWER = 0.39, 8
 ORGANS = ("liver", "spleen", "left kidney", "right kidney", "left lung", "right lung", "pancreas", "aorta")
@@ -109,7 +109,7 @@ def main():
     model = build(options.preset, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scan.nii.gz"
-        image, *_ = phantoms.make_patient(config=phantoms.PhantomConfig(size="full"))
+        image, *_ = make_patient(config=PhantomConfig(size="full"))
         sitk.WriteImage(image, str(path), useCompression=True)
         rows, group = questions(path, options.questions), (json.dumps({"path": str(path)}),)
 
