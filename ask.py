@@ -25,7 +25,9 @@ from photon import overlay
 from photon.asking import ask, describe, html_of, overlap, picture_rows, shown_scans
 from photon.console import one_line_faults
 from photon.loading import ROOT, load, load_processor
+from photon.read_options import add_read_argument, reading_fields
 from photon.scan_report import inspect_volume
+from photon.whole_file import whole_file, write_image
 
 PICTURES = {".png", ".jpg", ".jpeg", ".pdf", ".svg"}
 PAGES = {".html", ".htm"}
@@ -46,10 +48,9 @@ def inspect(args):
     """Prints how the processor of --model reads a scan; the weights are not loaded."""
     options = {} if args.modality is None else {"modality": args.modality}
     settings = load_processor(args.model, **options).image_processor
-    names = "modality window percentiles scaling assume_hu spacing orientation max_voxels tilt gaps monochrome1"
-    fields = {name: getattr(settings, name) for name in [*names.split(), "fill_nonfinite"]}
-    read = {"series": args.series, "frame": args.frame, "size": settings.grid}
-    report = inspect_volume(args.scans[0], **fields, **read)
+    names = "modality window percentiles scaling assume_hu spacing orientation"
+    fields = {name: getattr(settings, name) for name in names.split()} | {"size": settings.grid}
+    report = inspect_volume(args.scans[0], **(fields | reading_fields(settings) | reading(args)))
     print(json.dumps(report.as_dict()) if args.json else report)
     if args.overlay and report.planes:
         views = [overlay.upright_view(name, *plane) for name, plane in report.planes.items()]
@@ -57,6 +58,12 @@ def inspect(args):
             overlay.draw(views, args.overlay, "What the model sees of the scan", (0, 255))
     if not report.readable:
         raise ValueError("The scan was refused, so there is nothing to draw; the report says why.")
+
+
+def reading(args):
+    """Reading options of the command line: those of --read, and --series and --frame."""
+    given = {"series": args.series, "frame": args.frame}
+    return dict(args.read) | {name: value for name, value in given.items() if value is not None}
 
 
 def numbered(file, number):
@@ -82,6 +89,7 @@ def parse(argv=None):
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of the answer")
     parser.add_argument("--series", type=int, help="which DICOM series of a folder")
     parser.add_argument("--frame", type=int, help="which frame of a 4D scan")
+    add_read_argument(parser)
     parser.add_argument("--modality", choices=["auto", "ct", "mr"], help="what the scan is (default: the model's)")
     parser.add_argument("--window", type=float, nargs=2, metavar=("LO", "HI"), help="grey levels of the overlay")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -114,7 +122,7 @@ def wrong_question(args):
 
 def wrong_reading(args, scans):
     """What is wrong with the options of reading, or `None`."""
-    if args.series is not None and any(os.path.isfile(scan) for scan in scans):
+    if "series" in reading(args) and any(os.path.isfile(scan) for scan in scans):
         return "--series chooses in a DICOM folder, but a scan is a file."
     if args.window and not args.window[0] < args.window[1]:
         return "--window takes two numbers, the lower one first."
@@ -146,8 +154,7 @@ def run(args):
     if args.inspect:
         return inspect(args)
     *scans, question = args.scans
-    reading = {k: v for k, v in (("series", args.series), ("frame", args.frame)) if v is not None}
-    scans = [{"volume": scan, **reading} for scan in scans]
+    scans = [{"volume": scan, **reading(args)} for scan in scans]
     volume_options = {} if args.modality is None else {"modality": args.modality}
     processor, model = load(args.model, args.device, args.dtype, **volume_options)
     options = {
@@ -161,12 +168,10 @@ def run(args):
     answers = [ask(processor, model, scans, question, **options) for question in questions]
     result, inputs, keep_mask = answers[0]
     if args.keep_map:
-        import SimpleITK as sitk
-
         for number in range(len(scans)):
             kept = processor.keep_map(keep_mask, inputs, 0, number)
             with writing("--keep-map"):
-                sitk.WriteImage(kept, str(numbered(args.keep_map, number)), useCompression=True)
+                write_image(kept, numbered(args.keep_map, number))
     if args.overlay or args.html:
         draw(args, processor, scans, questions, answers)
     if args.token_budget is not None and args.token_budget > result["tokens_seen"]:
@@ -184,8 +189,8 @@ def draw(args, processor, scans, questions, answers):
                 overlay.draw_rows(rows, numbered(args.overlay, number), shown.window)
         if args.html:
             page = html_of(shown, questions, results, args.window)
-            with writing("--html"):
-                numbered(args.html, number).write_text(page, encoding="utf-8")
+            with writing("--html"), whole_file(numbered(args.html, number)) as partial:
+                partial.write_text(page, encoding="utf-8")
 
 
 def report(args, questions, answers):

@@ -36,6 +36,7 @@ from photon.evaluation.run import Settings, answered
 from photon.evaluation.summary import summary, text_of
 from photon.evaluation.swapping import swapped
 from photon.loading import HUB_ID
+from photon.read_options import add_read_argument, with_read_options
 from photon.run_folder import RunError, write_whole
 from photon.schedulers import SCHEDULERS
 
@@ -74,6 +75,7 @@ def parse(argv=None):
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
     group = parser.add_argument_group("scans")
     group.add_argument("--modality", choices=["auto", "ct", "mr"], default="auto", help="what the scans are")
+    add_read_argument(group)
     group.add_argument("--cache-dir", metavar="FOLDER", help="keep preprocessed scans in it, in half precision")
     group.add_argument(
         "--read-ahead", type=positive, default=2, metavar="N", help="scans read while one is asked about"
@@ -161,7 +163,7 @@ def run(args):
         if args.score:
             records = read_records(args.score, rows)
         else:
-            records = answered(settings(args), rows)
+            records = answered(settings(args), with_read_options(rows, args.read))
         if records is None:  # of several processes the first one reports
             return
         result = summary(args.benchmark, rows, records, train=args.train, tasks=args.tasks, bootstrap=args.bootstrap,

@@ -10,10 +10,9 @@ import argparse
 import json
 from dataclasses import fields
 
-import SimpleITK as sitk
-
 from photon.phantoms.dataset import DataConfig, write_data_set
 from photon.phantoms.patient import LIMITED_FOVS, PhantomConfig, make_patient
+from photon.whole_file import write_image
 
 SETTINGS = [field for field in (*fields(DataConfig), *fields(PhantomConfig)) if field.name != "phantom"]
 
@@ -54,7 +53,7 @@ def run(args):
     config = configured(args)
     if args.one:
         image, _, _, facts = make_patient(config.seed, config=config.phantom, fov=args.fov)
-        sitk.WriteImage(image, args.one, True, 1)
+        write_image(image, args.one, 1)
         print(json.dumps(facts, indent=1))
     else:
         _, _, report = write_data_set(args.output, args.patients, config, args.workers)

@@ -2,8 +2,8 @@
 
 - `PhotonVolumeProcessor`: a scan to patches of 14 x 14 x 14 voxels on the model's grid;
 - `PhotonProcessor`: that, a tokenizer and a chat template. A content part `{"type": "volume", "path": ...}` is a
-  NIfTI, NRRD or MetaImage file or a DICOM folder; `{"type": "volume", "volume": ...}` an object in memory. `series`
-  and `frame` may stand beside either.
+  NIfTI, NRRD or MetaImage file or a DICOM folder; `{"type": "volume", "volume": ...}` an object in memory. Reading
+  options (`READ_OPTIONS`: series, frame, modality, gaps, ...) may stand beside either.
 Volumes travel under the names of Qwen's videos (`pixel_values_videos`, `video_grid_thw`), which generation knows how
 to encode once, expand for beams and drop after the prompt.
 """
@@ -21,7 +21,9 @@ from .scan_grid_photon import Geometry, resample
 from .scan_reader_photon import read_on_grid
 from .scan_store_photon import VolumeStore
 
-READ_OPTIONS = ("series", "frame")
+READ_OPTIONS = (
+    "series", "frame", "modality", "assume_hu", "gaps", "tilt", "monochrome1", "fill_nonfinite", "max_voxels",
+)  # fmt: skip
 
 
 class PhotonVolumeKwargs(TypedDict, total=False):
@@ -119,29 +121,14 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         """Patches along depth, height, width."""
         return [n // self.patch_size for n in self.grid]
 
-    def read(self, source, series=None, frame=None):
-        """One scan, anything that `read_volume` takes.
+    def read(self, source, **options):
+        """One scan, anything that `read_volume` takes. options: `READ_OPTIONS`, in place of this processor's fields.
 
         Returns: float32 (depth, height, width) as the model sees it, the scan's `Geometry`, the grid's `Geometry`.
         """
-        array, scan, grid = read_on_grid(
-            source,
-            series=series,
-            frame=frame,
-            max_voxels=self.max_voxels,
-            tilt=self.tilt,
-            gaps=self.gaps,
-            monochrome1=self.monochrome1,
-            fill_nonfinite=self.fill_nonfinite,
-            size=self.grid,
-            spacing=self.spacing,
-            orientation=self.orientation,
-            modality=self.modality,
-            window=self.window,
-            percentiles=self.percentiles,
-            assume_hu=self.assume_hu,
-            scaling=self.scaling,
-        )
+        names = ["spacing", "orientation", "window", "percentiles", "scaling", *READ_OPTIONS]
+        held = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        array, scan, grid = read_on_grid(source, size=self.grid, **(held | options))
         return (array - self.mean) / self.std, scan, grid
 
     def patchify(self, array):
@@ -198,7 +185,7 @@ def _source(volume):
     if len(named) != 1 or unknown:
         raise ValueError(
             'A volume is {"type": "volume", "path": FILE_OR_FOLDER} or {"type": "volume", "volume": OBJECT}, with '
-            f'"series" and "frame" beside it if need be; got the keys {sorted(volume)}.'
+            f"reading options ({', '.join(READ_OPTIONS)}) beside it if need be; got the keys {sorted(volume)}."
         )
     return volume[named[0]], {key: volume[key] for key in READ_OPTIONS if key in volume}
 

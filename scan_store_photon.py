@@ -62,6 +62,8 @@ class VolumeStore:
         os.close(handle)
         try:
             save_file({"patches": stored}, partial, metadata={"geometry": json.dumps(geometry)})
+            with open(partial, "rb+") as stream:
+                os.fsync(stream.fileno())  # before the rename, so that the name never belongs to half an entry
             os.replace(partial, self.folder / f"{key}.safetensors")
         except (SafetensorError, OSError) as error:
             raise OSError(

@@ -16,6 +16,7 @@ from transformers import StoppingCriteria
 from photon import overlay
 from photon.pipeline_photon import finish_reason
 from photon.planes import choose_planes, question_window
+from photon.read_options import reading_fields
 from photon.scan_intensity_photon import find_modality, intensity_window
 from photon.scan_reader_photon import read_volume
 from photon.viewer.export import html_page
@@ -28,7 +29,7 @@ def ask(processor, model, scans, question, **generate_options):
 
     Args:
         processor, model: as `photon.loading.load` returns them.
-        scans: list of paths, of objects in memory, or of dicts {"volume": scan, "series": ..., "frame": ...}.
+        scans: list of paths, of objects in memory, or of dicts {"volume": scan} with reading options beside it.
         question: text.
         generate_options: arguments of `generate` (`token_budget`, `use_scheduler`, `max_new_tokens`, ...).
     Returns:
@@ -139,19 +140,23 @@ class ShownScan:
 def shown_scans(processor, scans, answers):
     """Yields a `ShownScan` for each scan. scans: as `ask` takes them; answers: what `ask` returned, one a question."""
     for number, scan in enumerate(scans):
-        options = {key: value for key, value in _volume_part(scan).items() if key != "type"}
+        options = reading_fields(processor.image_processor)
+        options |= {key: value for key, value in _volume_part(scan).items() if key != "type"}
+        shown = {name: options.pop(name) for name in ("modality", "assume_hu") if name in options}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given when the scan was read for the model
             image = read_volume(options.pop("volume"), **options)
         kept = [processor.keep_map(keep_mask, inputs, 0, number) for _, inputs, keep_mask in answers]
-        yield ShownScan(image, kept, *display_window(processor, image))
+        yield ShownScan(image, kept, *display_window(processor, image, **shown))
 
 
-def display_window(processor, image, modality="auto"):
-    """(low, high) in the scan's units for a person, and whether the scan is a CT. modality: as of the processor."""
+def display_window(processor, image, modality="auto", assume_hu=None):
+    """(low, high) in the scan's units for a person, and whether the scan is a CT. modality, assume_hu: as for the
+    processor, whose fields are the default."""
     settings = processor.image_processor
     modality = settings.modality if modality == "auto" else modality
-    modality = find_modality(image, modality, assume_hu=settings.assume_hu)
+    assume_hu = settings.assume_hu if assume_hu is None else assume_hu
+    modality = find_modality(image, modality, assume_hu=assume_hu)
     if modality == "ct":
         return overlay.SOFT_TISSUE, True
     return intensity_window(image, modality=modality, percentiles=settings.percentiles), False

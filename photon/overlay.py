@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from photon.planes import choose_planes
+from photon.whole_file import whole_file
 
 try:
     import SimpleITK as sitk
@@ -129,7 +130,8 @@ def draw_rows(rows, file, window=SOFT_TISSUE):
             0.5, (top + 0.15) / total, text, color=colour, ha="center", va="bottom", fontsize=11,
             parse_math=False,  # an answer may hold dollar signs
         )  # fmt: skip
-    figure.savefig(file, dpi=110, facecolor="black")
+    with whole_file(file) as partial:
+        figure.savefig(partial, dpi=110, facecolor="black")
 
 
 def _draw_plane(axis, plane, row, window):

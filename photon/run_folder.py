@@ -5,8 +5,9 @@ if open_run(folder, settings, begun=any(folder.iterdir())):
 """
 
 import json
-import os
 from pathlib import Path
+
+from photon.whole_file import whole_file
 
 RUN_FILE = "run.json"
 
@@ -60,6 +61,5 @@ def _grows(before, now):
 
 def write_whole(file, text):
     """Writes a text file completely or not at all."""
-    partial = file.with_name(file.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with whole_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")

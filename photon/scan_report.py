@@ -9,6 +9,7 @@ from photon.scan_files_photon import ReadOptions
 from photon.scan_grid_photon import Geometry, model_grid, resample
 from photon.scan_intensity_photon import find_modality, intensity_window, scale_intensity
 from photon.scan_reader_photon import check_geometry, open_scan, read_voxels, system_errors
+from photon.whole_file import whole_file
 
 try:
     import SimpleITK as sitk
@@ -56,7 +57,8 @@ class VolumeReport:
             axis.imshow(plane, cmap="gray", vmin=0, vmax=255, aspect=row / column)
             axis.set_title(name, color="white")
             axis.set_axis_off()
-        figure.savefig(path, dpi=100)
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=100)
 
 
 def _short(value) -> str:

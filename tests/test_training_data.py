@@ -119,7 +119,7 @@ def test_all_spellings_give_the_same_rows(folder, rows):
 def test_a_row_may_name_series_and_frame(folder):
     entry = {"path": "scans/0.nii.gz", "series": 2, "frame": 1}
     row = load_rows(write_rows(folder / "series.jsonl", [dict(ROWS[0], volumes=[entry])]))[0]
-    assert row["volumes"][0] == {"path": str(folder / "scans" / "0.nii.gz"), "series": "2", "frame": 1}
+    assert row["volumes"][0] == {"path": str(folder / "scans" / "0.nii.gz"), "series": "2", "frame": 1, "read": None}
 
 
 def test_a_data_set_of_the_hub(folder, rows, monkeypatch):

@@ -156,8 +156,8 @@ class SliceModel(Answerer):
         self.slices, self.window, self.modality = slices, window, modality
 
     def read(self, scan):
-        path, options = scan["path"], {name: scan[name] for name in ("series", "frame") if name in scan}
-        return axial_slices(path, self.slices, self.window, self.modality, **options)
+        options = {"modality": self.modality} | {name: value for name, value in scan.items() if name != "path"}
+        return axial_slices(scan["path"], self.slices, self.window, **options)
 
     def part(self, scan, number, total):
         label = [{"type": "text", "text": f"Scan {number}: "}] if total > 1 else []

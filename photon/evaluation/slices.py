@@ -7,16 +7,17 @@ from photon.scan_intensity_photon import intensity_window
 from photon.scan_reader_photon import read_volume
 
 
-def axial_slices(source, count, window, modality="auto", **options):
+def axial_slices(source, count, window, modality="auto", assume_hu=False, **options):
     """`count` axial slices of a scan, evenly spaced from head to feet, as 8-bit RGB pictures.
 
     The patient's right is on the left of a picture and the front at its top; pixels are square. CT is windowed to
-    `window` (HU), MR by its percentiles. A scan with fewer slices gives all of them. Raises `VolumeError`.
+    `window` (HU), MR by its percentiles. A scan with fewer slices gives all of them. options: as `read_volume` takes
+    them. Raises `VolumeError`.
     """
     import SimpleITK as sitk
 
     image = read_volume(source, **options)
-    low, high = intensity_window(image, modality=modality, window=window)
+    low, high = intensity_window(image, modality=modality, window=window, assume_hu=assume_hu)
     image = sitk.DICOMOrient(image, "LPI")  # columns grow to the left, rows to the back, slices to the feet
     voxels = sitk.GetArrayFromImage(image)  # (slices, rows, columns)
     x, y, _ = image.GetSpacing()

@@ -31,6 +31,7 @@ def conversation(row, answer=True):
 def scan_source(volume):
     """A row's scan as the volume processor takes it: its path, and what to read from there."""
     out = {key: value for key, value in volume.items() if value is not None}
+    out |= json.loads(out.pop("read", "{}"))
     if out.get("series", "").isdecimal():
         out["series"] = int(out["series"])  # a number in the list of series
     return out

@@ -11,6 +11,7 @@ file's folder or to `volume_root`). `{"type": "volume"}` in a content list marks
 `photon.training.batches` makes batches of them. Messages name a row by its file and line, never by its scan.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -19,13 +20,15 @@ import torch
 from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 
+from photon.processing_photon import READ_OPTIONS
+from photon.read_options import checked_option
 from photon.rows import RowError, build_rows, kind_of
 from photon.training.batches import conversation
 from photon.training.sources import EmbeddedScans, read_records
 
 MARK = re.compile(r"<volume>|<video>")
 ROLES = ("system", "user", "assistant")
-VOLUME_KEYS = {"path", "series", "frame"}
+VOLUME_KEYS = {"path", *READ_OPTIONS}
 FEATURES = Features(
     {
         "where": Value("string"),  # file and line, for messages
@@ -35,7 +38,9 @@ FEATURES = Features(
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
         ),
-        "volumes": List({"path": Value("string"), "series": Value("string"), "frame": Value("int64")}),
+        "volumes": List(
+            {"path": Value("string"), "series": Value("string"), "frame": Value("int64"), "read": Value("string")}
+        ),  # read: JSON of the other reading options, or null
         "labels": List(Value("string")),
         "lesions": List(Value("string")),
         "evidence": List(Value("int64")),
@@ -129,8 +134,14 @@ def _volume(entry, root, scans):
             entry = entry | entry.pop(name)
     unknown = set(entry) - VOLUME_KEYS - {"bytes"}
     if unknown:
-        raise RowError(f"a scan has the keys {sorted(unknown)}; expected 'path', and 'series' or 'frame' if need be")
-    series, frame = entry.get("series"), entry.get("frame")
+        raise RowError(
+            f"a scan has the keys {sorted(unknown)}; expected 'path', and {', '.join(READ_OPTIONS)} if need be"
+        )
+    try:
+        options = {name: checked_option(name, entry[name]) for name in READ_OPTIONS if name in entry}
+    except ValueError as error:
+        raise RowError(str(error)) from error
+    series, frame = options.pop("series", None), options.pop("frame", None)
     path = entry.get("path")
     if entry.get("bytes") is not None and not (isinstance(path, str) and (root / path).is_file()):
         if not isinstance(entry["bytes"], bytes):
@@ -139,7 +150,8 @@ def _volume(entry, root, scans):
     return {
         "path": str(root / _string(path, "volumes")),
         "series": None if series is None else str(series),
-        "frame": None if frame is None else int(frame),
+        "frame": frame,
+        "read": json.dumps(options, sort_keys=True) if options else None,
     }
 
 

@@ -8,6 +8,7 @@ from photon.evaluation.benchmark import Benchmark
 from photon.evaluation.measures import Short
 from photon.evaluation.scans import patient_of
 from photon.rows import RowError
+from photon.training.batches import scan_source
 
 
 class OwnQuestions(Benchmark):
@@ -78,7 +79,7 @@ def _row(record, row):
         raise RowError(f"its kind is {kind!r}; expected choice, number or text")
     if kind == "choice" and row["answer"] not in (choices or ()):
         raise RowError(f"its answer {row['answer'][:20]!r} is none of the choices {', '.join(choices or ['-'])}")
-    volumes = [{k: v for k, v in scan.items() if v is not None} for scan in row["volumes"]]
+    volumes = [scan_source(scan) for scan in row["volumes"]]
     volumes = [scan["path"] if list(scan) == ["path"] else scan for scan in volumes]
     first = row["volumes"][0]["path"] if volumes else row["where"]
     asked = [part["text"] for part in row["messages"][-2]["content"] if part["type"] == "text"]
