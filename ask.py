@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from photon import overlay
-from photon.asking import ask, describe, html_of, overlap, picture_rows, shown_scans
+from photon.asking import ask_all, describe, html_of, overlap, picture_rows, shown_scans
 from photon.console import one_line_faults
 from photon.loading import ROOT, load, load_processor
 from photon.read_options import add_read_argument, reading_fields
@@ -165,7 +165,7 @@ def run(args):
     }
     options = {key: value for key, value in options.items() if value is not None}
     questions = [question, *(args.compare or ())]
-    answers = [ask(processor, model, scans, question, **options) for question in questions]
+    answers = ask_all(processor, model, scans, questions, **options)
     result, inputs, keep_mask = answers[0]
     if args.keep_map:
         for number in range(len(scans)):

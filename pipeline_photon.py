@@ -1,6 +1,14 @@
 """`pipeline("volume-question-answering", model=REPO, trust_remote_code=True)(scan, question)`."""
 
+from itertools import groupby
+
 from transformers import Pipeline
+
+from .processing_photon import scan_name
+
+INPUT = {"volume", "question"}
+TEXT = {"input_ids", "attention_mask", "mm_token_type_ids"}
+TOGETHER = 16  # questions on one scan that are answered in one batch
 
 
 class VolumeQuestionAnsweringPipeline(Pipeline):
@@ -20,7 +28,8 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
 
     Returns: {"answer": text, "tokens_kept": k, "tokens_seen": V, "finish_reason": reason}, k of V visual tokens;
         the reason is "stop", or "length" where `max_new_tokens` cut the answer. For several inputs a list of such
-        dicts, in their order; for a `datasets` set an iterator.
+        dicts, in their order; for a `datasets` set an iterator. Questions on one scan that follow one another in a
+        list share its reading and its encoding (`PhotonModel.encode_scan`).
     Raises: `ValueError` where scans and questions do not match, `VolumeError` where a scan cannot be read.
     """
 
@@ -48,37 +57,70 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
                 volume = {"volume": volume, "question": question}
         elif hasattr(volume, "features"):  # a set of `datasets`
             volume = ({name: row[name] for name in ("volume", "question")} for row in volume)
+        if isinstance(volume, list) and all(isinstance(row, dict) and set(row) == INPUT for row in volume):
+            groups = [list(rows) for _, rows in groupby(volume, key=lambda row: scan_name(row["volume"]))]
+            together = [{"volume": r[0]["volume"], "question": [row["question"] for row in r]} for r in groups]
+            return [answer for answers in super().__call__(together, **kwargs) for answer in answers]
         return super().__call__(volume, **kwargs)
 
     def preprocess(self, inputs):
-        if not isinstance(inputs, dict) or set(inputs) != {"volume", "question"}:
+        if not isinstance(inputs, dict) or set(inputs) != INPUT:
             raise ValueError('Expected a scan and a question, or a dict {"volume": ..., "question": ...}.')
         volumes = inputs["volume"] if isinstance(inputs["volume"], list) else [inputs["volume"]]
         parts = [
             {"type": "volume", **(volume if isinstance(volume, dict) else {"volume": volume})} for volume in volumes
         ]
-        conversation = [{"role": "user", "content": [*parts, {"type": "text", "text": inputs["question"]}]}]
+        questions = inputs["question"] if isinstance(inputs["question"], list) else [inputs["question"]]
+        of_scan = self._prompts(parts, questions[:1])
+        grids = {"video_grid_thw": of_scan["video_grid_thw"].repeat(len(questions), 1)} if parts else {}
+        prompts = self._prompts([{"type": "volume"}] * len(parts), questions, **grids)
+        return {"scan": of_scan, "prompts": prompts, "several": isinstance(inputs["question"], list)}
+
+    def _prompts(self, parts, questions, **options):
+        chats = [[{"role": "user", "content": [*parts, {"type": "text", "text": text}]}] for text in questions]
         return self.processor.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True, **options},
+        )  # fmt: skip
 
     def _forward(self, model_inputs, **generate_kwargs):
-        output = self.model.generate(**model_inputs, **generate_kwargs, return_dict_in_generate=True)
+        scan, prompts, several = (model_inputs[name] for name in ("scan", "prompts", "several"))
+        count = len(prompts["input_ids"])
+        given = {name: value for name, value in scan.items() if name in ("pixel_values_videos", "video_grid_thw")}
+        if given and count > 1:
+            given = {"scan": self.model.encode_scan(**scan)}
+        parts = []
+        for begin in range(0, count, TOGETHER):
+            part = {name: value[begin : begin + TOGETHER] for name, value in prompts.items() if name in TEXT}
+            output = self.model.generate(**part, **given, **generate_kwargs, return_dict_in_generate=True)
+            parts.append((output.sequences[:, part["input_ids"].shape[1] :], output.past_key_values.cut))
         return {
-            "sequences": output.sequences[:, model_inputs["input_ids"].shape[1] :],
-            "cut": output.past_key_values.cut,
+            "parts": parts,
+            "several": several,
             "stop_tokens": generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id),
-            "visual_count": int((model_inputs["input_ids"] == self.model.config.video_token_id).sum()),
+            "visual_count": int((prompts["input_ids"][0] == self.model.config.video_token_id).sum()),
         }
 
     def postprocess(self, outputs):
-        cut = outputs["cut"]
-        return {
-            "answer": self.processor.decode(outputs["sequences"][0], skip_special_tokens=True).strip(),
-            "tokens_kept": outputs["visual_count"] if cut is None else int(cut.keep_mask.sum()),
-            "tokens_seen": outputs["visual_count"],
-            "finish_reason": finish_reason(outputs["sequences"][0], outputs["stop_tokens"]),
-        }
+        answers, total, stops = [], outputs["visual_count"], outputs["stop_tokens"]
+        for sequences, cut in outputs["parts"]:
+            kept = [total] * len(sequences) if cut is None else cut.keep_mask.sum(-1).tolist()
+            answers += [
+                {
+                    "answer": self.processor.decode(tokens, skip_special_tokens=True).strip(),
+                    "tokens_kept": count,
+                    "tokens_seen": total,
+                    "finish_reason": finish_reason(without_padding(tokens, stops), stops),
+                }
+                for tokens, count in zip(sequences.tolist(), kept, strict=True)
+            ]
+        return answers if outputs["several"] else answers[0]
+
+
+def without_padding(tokens, stop_tokens):
+    """A row of a batch of answers, up to its first stop token."""
+    stop_tokens = stop_tokens if isinstance(stop_tokens, list | tuple) else [stop_tokens]
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))]
 
 
 def finish_reason(tokens, stop_tokens):

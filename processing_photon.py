@@ -232,12 +232,16 @@ class PhotonProcessor(ProcessorMixin):
                 anything that `read_volume` takes, or a dict of it with reading options.
             kwargs: those of the tokenizer; fields of the volume processor for this call, such as `modality="mr"`; and
                 `cache_dir`, a folder where scans that come as files are kept preprocessed; `share_volumes=True`
-                reads a scan that stands in several prompts once, and adds `volume_index` (see `PhotonModel.forward`).
+                reads a scan that stands in several prompts once, and adds `volume_index` (see `PhotonModel.forward`);
+                `video_grid_thw` (scans, 3), grids of scans that were encoded before: the prompts get their tokens, and
+                no scan is read. In a conversation `{"type": "volume"}` stands for each.
         Returns: `BatchFeature` with an attribute `scans`, a list of geometries for each prompt.
         Raises: `ValueError` where scans and placeholders do not match, `VolumeError` where a scan cannot be read.
         """
         if images is not None or videos is not None or audio is not None:
             raise ValueError("Photon reads volumes: pass volumes=..., or {'type': 'volume', ...} in a conversation.")
+        if (grids := kwargs.pop("video_grid_thw", None)) is not None:
+            return self._about_encoded(text, grids, volumes, **kwargs)
         rows = None if volumes is None else _rows(volumes)
         flat = [volume for row in rows or () for volume in row]
         texts = [text] if isinstance(text, str) else text
@@ -265,6 +269,16 @@ class PhotonProcessor(ProcessorMixin):
         scans = iter(out.pop("scans", ()))
         out.scans = [[next(scans) for _ in row] for row in rows or [[] for _ in texts]]
         return out
+
+    def _about_encoded(self, text, grids, volumes, **kwargs):
+        """Prompts about scans that were encoded before; grids (scans, 3)."""
+        places = sum(prompt.count(self.video_token) for prompt in ([text] if isinstance(text, str) else text))
+        if places != len(grids) or any(volume for row in _rows(volumes or []) for volume in row):
+            raise ValueError(
+                f"The prompts have {places} volume placeholders ({self.video_token}), and video_grid_thw has "
+                f"{len(grids)} rows; expected as many, and no scans beside it."
+            )
+        return super().__call__(text=text, videos={"video_grid_thw": np.asarray(grids)}, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if text is None and videos is None:
@@ -336,18 +350,21 @@ def coarser(grid, block):
     return Geometry(np.array(grid.size) // step, spacing * step, origin, grid.direction)
 
 
+def scan_name(value):
+    """What is equal for scans that need be read only once: paths and reading options as texts, objects by identity."""
+    if isinstance(value, dict):
+        return tuple(sorted((key, scan_name(item)) for key, item in value.items()))
+    if isinstance(value, list):
+        return tuple(map(scan_name, value))
+    if isinstance(value, str | int | PathLike):
+        return type(value).__name__, str(value)
+    return id(value)
+
+
 def _distinct(volumes):
-    """Volumes without repetition, and each one's place among them. Paths are equal as texts, objects by identity."""
-
-    def name(value):
-        if isinstance(value, dict):
-            return tuple(sorted((key, name(item)) for key, item in value.items()))
-        if isinstance(value, str | int | PathLike):
-            return type(value).__name__, str(value)
-        return id(value)
-
+    """Volumes without repetition, and each one's place among them."""
     places = {}
-    index = [places.setdefault(name(volume), len(places)) for volume in volumes]
+    index = [places.setdefault(scan_name(volume), len(places)) for volume in volumes]
     return [volumes[index.index(i)] for i in range(len(places))], index
 
 

@@ -1,4 +1,4 @@
-"""One question about one or more scans: the answer with counts and seconds, and pictures of what was kept.
+"""Questions about one or more scans: the answers with counts and seconds, and pictures of what was kept.
 
 processor, model = load(folder)
 answer = result, inputs, keep_mask = ask(processor, model, ["ct.nii.gz"], "Is there a lesion in the liver?")
@@ -23,7 +23,6 @@ from photon.viewer.export import html_page
 from photon.viewer.packing import PackedScan
 
 
-@torch.inference_mode()
 def ask(processor, model, scans, question, **generate_options):
     """The answer to one question about one or more scans, with counts and times.
 
@@ -39,28 +38,49 @@ def ask(processor, model, scans, question, **generate_options):
         the processor's inputs; the keep mask (1, V), bool.
     Raises: `VolumeError` where a scan cannot be read; `ValueError` where the options exclude each other.
     """
-    device = model.device
-    conversation = [{"role": "user", "content": [*map(_volume_part, scans), {"type": "text", "text": question}]}]
+    return ask_all(processor, model, scans, [question], **generate_options)[0]
+
+
+@torch.inference_mode()
+def ask_all(processor, model, scans, questions, **generate_options):
+    """What `ask` returns for each of several questions about the same scans, which are read and encoded once."""
+    device, parts = model.device, [*map(_volume_part, scans)]
     start = time.perf_counter()
-    inputs = processor.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    first = _prompt(processor, parts, questions[0])
     end_of_reading = time.perf_counter()
-    inputs = inputs.to(device)
-    start_of_vision = _now(device)
-    features = model.model.get_video_features(
-        inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
-    )
+    geometry, first = first.scans, first.to(device)
+    patches, start_of_vision = first.pop("pixel_values_videos"), _now(device)
+    features = model.model.get_video_features(patches, first["video_grid_thw"], return_dict=True)
     end_of_vision = _now(device)
-    clock = _FirstTokenClock(device)
-    output = model.generate(
-        **{name: value for name, value in inputs.items() if name != "pixel_values_videos"},
-        mm_encoder_outputs={"video": features},
-        stopping_criteria=[clock],
-        return_dict_in_generate=True,
-        **generate_options,
+    encoded = {"mm_encoder_outputs": {"video": features}}
+    seconds = {"reading": end_of_reading - start, "vision": end_of_vision - start_of_vision}
+    if len(questions) > 1:  # the first pays for what they share
+        encoded = {"scan": model.encode_scan(**first, **encoded)}
+    answers, begin = [], end_of_vision
+    for question in questions:
+        grids = {"video_grid_thw": first["video_grid_thw"].cpu()}
+        inputs = _prompt(processor, [{"type": "volume"}] * len(parts), question, processor_kwargs=grids).to(device)
+        clock = _FirstTokenClock(device)
+        output = model.generate(
+            **inputs, **encoded, stopping_criteria=[clock], return_dict_in_generate=True, **generate_options
+        )
+        end = _now(device)
+        times = seconds | {"prefill": clock.first_token - begin, "decode": end - clock.first_token}
+        inputs["pixel_values_videos"], inputs.scans = patches, geometry
+        answers.append(_answer(processor, model, inputs, output, times, generate_options))
+        seconds, begin = {"reading": 0.0, "vision": 0.0}, _now(device)
+    return answers
+
+
+def _prompt(processor, parts, question, **options):
+    conversation = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    return processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
-    end = _now(device)
+
+
+def _answer(processor, model, inputs, output, seconds, generate_options):
+    """What `ask` returns, of one output of `generate`."""
     total = int((inputs["input_ids"] == model.config.video_token_id).sum())
     cut = output.past_key_values.cut
     keep_mask = torch.ones(1, total, dtype=torch.bool) if cut is None else cut.keep_mask
@@ -74,12 +94,7 @@ def ask(processor, model, scans, question, **generate_options):
         "answer_tokens": len(answer),
         "finish_reason": finish_reason(answer, model.generation_config.eos_token_id),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "seconds": {
-            "reading": end_of_reading - start,
-            "vision": end_of_vision - start_of_vision,
-            "prefill": clock.first_token - end_of_vision,
-            "decode": end - clock.first_token,
-        },
+        "seconds": seconds,
     }
     return result, inputs, keep_mask
 

@@ -1,8 +1,11 @@
 """A scan that was encoded once answers as the whole prompt does: batches, chats, several scans, after saving."""
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from test_equivalence import EXACT, flash_like, greedy, new_tokens
+from transformers import pipeline
 
 from conftest import (
     ASSISTANT,
@@ -18,8 +21,11 @@ from conftest import (
     three_rows,
     tiny_model,
 )
+from photon import asking
+from photon.evaluation.models import VolumeModel
 from photon.loading import load_processor
 from photon.prefix_photon import ScanPrefix
+from photon.prompt_photon import join_outputs
 from photon.schedulers import SCHEDULERS, use_scheduler
 
 QUESTIONS = [(20, 21, 22, 23, 24, 25, 26), (40, 41), (50, 51, 52, 53)]  # of unlike lengths
@@ -316,3 +322,115 @@ def test_a_prefix_moves_and_is_chosen_from():
     model = tiny_model()
     prefix = model.encode_scan(**asked())
     assert isinstance(prefix.to("cpu"), ScanPrefix) and len(prefix) == 3 and len(prefix.rows([1])) == 1
+
+
+# === In use ==========================================================================================================
+
+ASKED = ["Is there a lesion in the liver?", "Which kidney is larger?", "Is it?", "How many lesions are in the spleen?"]
+
+
+@pytest.fixture(scope="module")
+def scans():
+    """Two volumes as the pipeline takes them in memory."""
+    generator, made = np.random.default_rng(0), []
+    for size in ((33, 27, 21), (30, 28, 22)):
+        array = generator.normal(0, 60, size).astype(np.int16)
+        array[:4] = -1000
+        made.append((array, np.diag([11.0, 8.0, 9.0, 1.0])))
+    return made
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline("volume-question-answering", model=str(ROOT), trust_remote_code=True, dtype=torch.float32)
+
+
+@pytest.fixture
+def encodings(pipe, monkeypatch):
+    """Counts how often a scan passes through the vision tower."""
+    counted, encode = [], type(pipe.model.model).get_video_features
+    monkeypatch.setattr(
+        type(pipe.model.model), "get_video_features", lambda *a, **k: counted.append(1) or encode(*a, **k)
+    )
+    return counted
+
+
+def test_the_pipeline_encodes_a_scan_once(pipe, scans, encodings):
+    alone = [pipe(scan, question) for scan in scans for question in ASKED]
+    assert len(encodings) == 8 and len({answer["tokens_kept"] for answer in alone}) > 2
+    encodings.clear()
+    asked = [{"volume": scan, "question": question} for scan in scans for question in ASKED]
+    assert pipe(asked) == alone and pipe(scans[0], ASKED) == alone[:4]
+    assert len(encodings) == 3
+    mixed = [{"volume": scans, "question": ASKED[0]}, asked[0], {"volume": scans, "question": ASKED[1]}]
+    assert pipe(mixed)[1] == alone[0]
+    assert pipe({"volume": scans, "question": ASKED[:2]}) == [pipe(mixed[0]), pipe(mixed[2])]
+    few = [answer["finish_reason"] for answer in pipe(scans[0], ASKED, max_new_tokens=1)]
+    assert few == ["length"] * 4 and {answer["finish_reason"] for answer in alone} == {"stop"}
+
+
+def test_asking_several_questions_reads_once(pipe, scans, encodings):
+    alone = [asking.ask(pipe.processor, pipe.model, scans[:1], question) for question in ASKED]
+    encodings.clear()
+    together = asking.ask_all(pipe.processor, pipe.model, scans[:1], ASKED)
+    assert len(encodings) == 1
+    for (one, inputs, kept), (other, others_inputs, others_kept) in zip(alone, together, strict=True):
+        assert one | {"seconds": None} == other | {"seconds": None}
+        assert torch.equal(kept, others_kept) and inputs.keys() == others_inputs.keys()
+        assert all(torch.equal(inputs[name], others_inputs[name]) for name in inputs)
+        a, b = (pipe.processor.keep_map(mask, given) for mask, given in ((kept, inputs), (others_kept, others_inputs)))
+        assert np.array_equal(sitk.GetArrayFromImage(a), sitk.GetArrayFromImage(b))
+    assert together[1][0]["seconds"]["reading"] == 0 < together[0][0]["seconds"]["reading"]
+
+
+def test_evaluation_shares_what_questions_share(pipe, scans, encodings):
+    """Also with unlike text in front of a scan, and where a question stands in front of it."""
+    model = VolumeModel(pipe.processor, pipe.model, 4)
+    encoded = [model.encode(model.processor.image_processor([scan], return_tensors="pt")) for scan in scans[:1]]
+    scan_part = [{"type": "volume"}]
+    texts = [{"type": "text", "text": text} for text in ASKED]
+    rows = [{"messages": [{"role": "user", "content": [*scan_part, text]}, None]} for text in texts]
+    rows[1]["messages"].insert(0, {"role": "system", "content": "Answer with one word."})
+    rows[2]["messages"][0]["content"] = [
+        {"type": "text", "text": "Look. "},
+        *scan_part,
+        {"type": "text", "text": "Is it?"},
+    ]
+    plain = []
+    for row in rows:
+        inputs = dict(model.inputs([prompt_of(row)], encoded))
+        inputs.pop("scan")
+        features = {"video": join_outputs([encoded[0][0]])}
+        plain.append(greedy(pipe.model, inputs, mm_encoder_outputs=features, max_new_tokens=4))
+    encodings.clear()
+    answers = model.answer(rows, encoded)
+    texts = [model.processor.batch_decode(out.sequences[:, -4:], skip_special_tokens=True)[0] for out in plain]
+    assert [answer["kept"] for answer in answers] == pytest.approx(
+        [float(out.past_key_values.cut.keep_mask.float().mean()) for out in plain], abs=1e-6
+    )
+    assert all(text.endswith(answer["prediction"]) for text, answer in zip(texts, answers, strict=True))
+    made = model.prefix
+    model.answer(rows[:1], encoded)
+    assert model.prefix is not made and len(made) == 3 and len(model.prefix) == 1
+    made = model.prefix
+    model.answer(rows[3:], encoded)
+    assert model.prefix is made and not encodings
+    rows[0]["messages"][0]["content"].reverse()
+    assert "scan" not in model.inputs([prompt_of(rows[0])], encoded)
+    assert model.answer(rows[:1], encoded)[0]["kept"] > 0
+
+
+def prompt_of(row):
+    return row["messages"][:-1]
+
+
+def test_prompts_about_encoded_scans(pipe, scans):
+    chat = [{"role": "user", "content": [{"type": "volume"}, {"type": "text", "text": ASKED[0]}]}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    with pytest.raises(ValueError, match="expected as many"):
+        grids = {"video_grid_thw": torch.tensor([[4, 4, 4]] * 2)}
+        pipe.processor.apply_chat_template(chat, processor_kwargs=grids, **options)
+    chat[0]["content"][0]["volume"] = scans[0]
+    with pytest.raises(ValueError, match="no scans beside it"):
+        grids = {"video_grid_thw": torch.tensor([[4, 4, 4]])}
+        pipe.processor.apply_chat_template(chat, processor_kwargs=grids, **options)

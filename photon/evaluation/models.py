@@ -11,7 +11,7 @@ from photon.configuration_photon import PhotonConfig
 from photon.evaluation.slices import axial_slices
 from photon.loading import adapter_base, load_processor
 from photon.loading import load_model as load_weights
-from photon.prompt_photon import join_outputs
+from photon.prompt_photon import join_outputs, question_mask
 from photon.run_folder import RunError
 from photon.scan_faults_photon import VolumeError
 from photon.schedulers import use_scheduler
@@ -107,7 +107,7 @@ class Answerer:
 
 
 class VolumeModel(Answerer):
-    """Photon: a scan is encoded once, and its visual tokens stand in every prompt of a batch.
+    """Photon: a scan is encoded once, and so is what its questions share of the decoder (`encode_scan`).
 
     Args: as `Answerer`; cache_dir: folder of preprocessed scans.
     """
@@ -115,6 +115,7 @@ class VolumeModel(Answerer):
     def __init__(self, *args, cache_dir=None):
         super().__init__(*args)
         self.cache_dir = cache_dir
+        self.prefix, self.prefix_of = None, None  # the last one, and of which scans and text
 
     def read(self, scan):
         return self.processor.image_processor([scan], return_tensors="pt", cache_dir=self.cache_dir)
@@ -129,20 +130,34 @@ class VolumeModel(Answerer):
         return [{"type": "volume"}]
 
     def inputs(self, chats, scans):
-        """As the processor makes them of the same chats, but with encoded scans in place of patches."""
-        marks = [self.processor.video_token * len(output.pooler_output[0]) for output, _ in scans] * len(chats)
-        texts, _ = self.processor.get_text_with_replacements(
-            [self.text(chat) for chat in chats], videos_replacements=marks
-        )
-        inputs = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
-        kinds = self.processor.create_mm_token_type_ids(inputs["input_ids"].tolist())
-        inputs = {**inputs, "mm_token_type_ids": torch.tensor(kinds)}
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        """As the processor makes them of the same chats, but with a prefix of encoded scans in place of patches."""
+        texts, grids = [self.text(chat) for chat in chats], {}
         if scans:
-            outputs, grids = zip(*scans, strict=True)
-            encoded = join_outputs(outputs * len(chats))
-            inputs |= {"mm_encoder_outputs": {"video": encoded}, "video_grid_thw": torch.cat(grids * len(chats))}
-        return inputs
+            grids = {"video_grid_thw": torch.cat([grid for _, grid in scans] * len(chats)).cpu()}
+        inputs = self.processor(text=texts, padding=True, return_tensors="pt", **grids).to(self.model.device)
+        return {**inputs, **self.encoded(texts, inputs, scans)} if scans else inputs
+
+    def encoded(self, texts, inputs, scans):
+        """The scans of prompts, as `generate` takes them: {"scan": prefix}."""
+        visual = inputs["input_ids"] == self.model.config.video_token_id
+        last = visual.cumsum(-1) == visual.sum(-1, keepdim=True)
+        if (question_mask(inputs["input_ids"], visual, self.model.config) & ~last).any():
+            # a question in front of its scan: nothing in the decoder can be shared
+            return {"mm_encoder_outputs": {"video": join_outputs([output for output, _ in scans] * len(texts))}}
+        fronts = [text[: text.rindex(self.processor.video_token)] for text in texts]
+        unlike = list(dict.fromkeys(fronts))
+        if self.prefix_of is None or self.prefix_of[1] != unlike or not _same(self.prefix_of[0], scans):
+            rows = [fronts.index(front) for front in unlike]
+            prompts = {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+            grids = torch.cat([grid for _, grid in scans] * len(rows))
+            features = {"video": join_outputs([output for output, _ in scans] * len(rows))}
+            self.prefix = self.model.encode_scan(**prompts, video_grid_thw=grids, mm_encoder_outputs=features)
+            self.prefix_of = scans, unlike
+        return {"scan": self.prefix.rows([unlike.index(front) for front in fronts]) if unlike[1:] else self.prefix}
+
+
+def _same(some, others):
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 class SliceModel(Answerer):
