@@ -88,10 +88,15 @@ def read_incoming(path, limits, processor=None, series=None, frame=None):
     with system_errors(), open(path, "rb") as stream:
         packed = stream.read(4) == ZIP
     source = unpack(path, path.with_name("files"), limits) if packed else named_by_content(path)
+    return read_place(source, limits, processor, series, frame)
+
+
+def read_place(source, limits, processor=None, series=None, frame=None):
+    """A file or folder of this machine as an `IncomingScan`; the arguments are those of `read_incoming`."""
     ways = {name: getattr(processor, name) for name in READING} if processor is not None else {}
     if frame is not None:
         ways["frame"] = frame
-    if series is not None and source.is_dir():
+    if series is not None and Path(source).is_dir():
         ways["series"] = series
     options, findings = ReadOptions(max_voxels=limits.voxels, **ways), Findings()
     with system_errors():
