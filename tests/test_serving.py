@@ -121,6 +121,30 @@ def test_turns_and_two_scans(engine, scans):
     assert answer.text == result["answer"] and torch.equal(answer.keep_mask, keep[0])
 
 
+def test_a_question_in_front_of_its_scan_and_a_system_turn(engine, scans):
+    """Neither shares the beginning of the usual prompt; both are answered as without a server."""
+    before = [{"role": "user", "content": [{"type": "text", "text": "Is there a lesion in the liver?"},
+                                           {"type": "volume"}]}]  # fmt: skip
+    system = [{"role": "system", "content": "One word."}, *chat("Is there a lesion in the spleen?")]
+    usual = chat("Is there a lesion in the right lung?")
+    with Held(engine):
+        asked = [engine.ask(turns, [scans[0]]) for turns in (system, usual)]
+    together = [complete(one) for one in asked]
+    assert together[0].batch == 2
+    for turns, answer in zip(
+        (system, usual, before), [*together, complete(engine.ask(before, [scans[0]]))], strict=True
+    ):
+        filled = [{**turn, "content": turn["content"] if isinstance(turn["content"], str) else
+                   [{"type": "volume", "volume": body(0)} if part["type"] == "volume" else part
+                    for part in turn["content"]]} for turn in turns]  # fmt: skip
+        inputs = engine.processor.apply_chat_template(
+            filled, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = engine.model.generate(**inputs, return_dict_in_generate=True)
+        text = engine.processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer.text == text.strip() and torch.equal(answer.keep_mask, output.past_key_values.cut.keep_mask[0])
+
+
 def test_stop_words_and_lengths(engine, scans):
     """Stop words end an answer and never come out, not even in part; a cut answer is marked."""
     never = {"use_scheduler": False}
@@ -186,8 +210,8 @@ def test_faults_reach_whoever_asked(engine, scans, monkeypatch):
         list(engine.ask(chat("Is there?"), [scans[0]], token_budget=-2))
     with pytest.raises(ValueError, match="nonsense: not known"):
         engine.ask(chat("Is there?"), [scans[0]], nonsense=1)
-    with pytest.raises(ValueError, match="1 volume"):
-        list(engine.ask(chat("Is there?"), []))  # a place without a scan
+    with pytest.raises(ValueError, match="no scan"):
+        engine.ask(chat("Is there?"), [])
     with monkeypatch.context() as patch:
         patch.setattr(engine.model, "generate", lambda **inputs: 1 / 0)
         with pytest.raises(EngineError, match="log"):

@@ -41,21 +41,20 @@ class EncodedScan:
     """What is kept of a scan for questions. Two are the same scan only if they are the same object.
 
     Args:
+        reader: a `VolumeModel` for this scan, which keeps what its questions share in the decoder.
         encoded: what `VolumeModel.encode` gives; geometry: of the scan and its grid, for maps of what was kept.
-        prefix: the `ScanPrefix` of the last prompt's beginning, `front` that beginning as text.
     """
 
+    reader: VolumeModel
     encoded: tuple
     geometry: dict
-    prefix: object = None
-    front: str = ""
 
     @property
     def nbytes(self):
-        output = self.encoded[0]
+        output, prefix = self.encoded[0], self.reader.prefix
         lists = [output.pooler_output, *(output.deepstack_features or ())]
         tensors = [part for parts in lists for part in parts]
-        tensors += self.prefix.tensors.values() if self.prefix is not None else ()
+        tensors += prefix.tensors.values() if prefix is not None else ()
         return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -93,7 +92,6 @@ class Asked:
     stop: tuple
     deadline: float
     on_event: object  # called with each piece of text, the `Answer` or an exception, in the engine's thread
-    front: str = ""  # the prompt up to its scan; "" where the scan's part cannot be shared between questions
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     since: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -117,8 +115,7 @@ class Asked:
     def fits(self, other):
         """Whether both can be answered in one batch."""
         same_scans = len(self.scans) == len(other.scans) and all(map(lambda a, b: a is b, self.scans, other.scans))
-        same = same_scans and self.front == other.front and self.options == other.options
-        return same and not self.options.get("do_sample")
+        return same_scans and self.options == other.options and not self.options.get("do_sample")
 
 
 class Engine:
@@ -133,7 +130,6 @@ class Engine:
     def __init__(self, processor, model, max_batch=16, max_waiting=64, max_new_tokens=512):
         self.processor, self.model = processor, model
         self.max_batch, self.max_waiting, self.max_new_tokens = max_batch, max_waiting, max_new_tokens
-        self.reader = VolumeModel(processor, model)
         ends = model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends])
         self.waiting, self.lock, self.closed = deque(), threading.Lock(), False
@@ -158,8 +154,9 @@ class Engine:
 
     def encode(self, prepared):
         """What `read` returned as an `EncodedScan`; the vision tower runs in the engine's thread."""
-        encoded = self.pool.submit(self.reader.encode, prepared).result()
-        return EncodedScan(encoded, prepared["scans"][0])
+        reader = VolumeModel(self.processor, self.model)
+        encoded = self.pool.submit(reader.encode, prepared).result()
+        return EncodedScan(reader, encoded, prepared["scans"][0])
 
     def ask(self, chat, scans, *, max_new_tokens=None, stop=(), timeout=120.0, on_event=None, **options):
         """A question: an `Asked` to iterate over.
@@ -171,14 +168,15 @@ class Engine:
             options: of `SCHEDULING` and `SAMPLING`.
         Raises: `Busy`, and `ValueError` for options that are not known.
         """
+        if not scans:
+            raise ValueError("There is no scan to ask about; pass one for each volume of the chat.")
         unknown = set(options) - {*SCHEDULING, *SAMPLING}
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: not known; expected {', '.join(SCHEDULING + SAMPLING)}.")
         longest = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
         options = {name: value for name, value in options.items() if value is not None}
         options["max_new_tokens"] = longest
-        front = self._front(chat) if len(scans) == 1 else ""
-        asked = Asked(chat, list(scans), options, tuple(stop), time.monotonic() + timeout, on_event, front)
+        asked = Asked(chat, list(scans), options, tuple(stop), time.monotonic() + timeout, on_event)
         with self.lock:
             if self.closed:
                 raise EngineError("The server is being shut down; ask again later.")
@@ -225,7 +223,8 @@ class Engine:
     @torch.inference_mode()
     def _answer(self, batch):
         start = time.monotonic()
-        inputs = self._inputs(batch)
+        scans = batch[0].scans
+        inputs = scans[0].reader.inputs([asked.chat for asked in batch], [scan.encoded for scan in scans])
         options = dict(batch[0].options)
         if options.pop("seed", None) is not None:
             torch.manual_seed(batch[0].options["seed"])
@@ -263,27 +262,6 @@ class Engine:
                     batch=len(batch),
                 )
             )
-
-    def _front(self, chat):
-        """The prompt up to its scan, "" where the question stands in front of it and so changes what is read of it."""
-        content = [message["content"] for message in chat if message["role"] != "system"][0]
-        if isinstance(content, str) or content[0]["type"] != "volume":
-            return ""
-        if chat[-1]["content"] is content and not any(part["type"] == "text" for part in content[1:]):
-            return ""
-        return self.reader.text(chat).partition(self.processor.video_token)[0]
-
-    def _inputs(self, batch):
-        """Arguments of `generate`; what questions on one scan share is computed with the first of them."""
-        scans = batch[0].scans
-        inputs = self.reader.inputs([asked.chat for asked in batch], [scan.encoded for scan in scans])
-        if not batch[0].front:
-            return inputs
-        scan = scans[0]
-        if scan.front != batch[0].front:
-            first = self.reader.inputs([batch[0].chat], [scan.encoded])
-            scan.prefix, scan.front = self.model.encode_scan(**first), batch[0].front
-        return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"scan": scan.prefix}
 
     def _over(self, asked, now):
         """Whether nobody waits for the answer any more; then it is told so."""
