@@ -24,7 +24,7 @@ if [ ! -x "$PYTHON" ] && ! command -v "$PYTHON" >/dev/null; then
 fi
 
 # data: scans, label maps, balanced questions (completes an existing data set)
-"$PYTHON" phantoms.py --output "$FOLDER/data" --patients "$PATIENTS" --workers 2 --test 0.175 --val 0.05 \
+"$PYTHON" -m photon.phantoms --output "$FOLDER/data" --patients "$PATIENTS" --workers 2 --test 0.175 --val 0.05 \
   --diameters 20 28 35 42 --contrast 140 210 --ground-glass 0
 
 # untrained weights, tokenizer, processor

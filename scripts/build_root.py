@@ -7,13 +7,14 @@ The tokenizer is a byte-level BPE trained on phantom questions, with Qwen's spec
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -71,7 +72,12 @@ def build_tokenizer():
     )
 
 
-def build_config(tokenizer):
+def fields_of(pairs):
+    """{name: value} of NAME=VALUE, values as JSON."""
+    return {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def build_config(tokenizer, **fields):
     head = HIDDEN // HEADS
     text = {
         "vocab_size": len(tokenizer),
@@ -109,26 +115,35 @@ def build_config(tokenizer):
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        scheduler_layer=-1,  # before the first layer, where no question has read the scan yet
-        saliency="logits",
-        saliency_gradient=True,
+        **(
+            {
+                "scheduler_layer": -1,  # before the first layer, where no question has read the scan yet
+                "saliency": "logits",
+                "saliency_gradient": True,
+            }
+            | fields
+        ),
     )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT, help="folder to write to (default: the repository)")
-    output = parser.parse_args(argv).output
+    parser.add_argument("--tower", type=Path, metavar="DIR", help="take the vision tower's weights from this model")
+    parser.add_argument("--photon", nargs="*", default=[], metavar="NAME=VALUE", help="fields of PhotonConfig to set")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the random weights")
+    args = parser.parse_args(argv)
+    output = args.output
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    config = build_config(tokenizer)
+    config = build_config(tokenizer, **fields_of(args.photon))
     # centred, because the patch embedding has no bias and most of a scan is air
     processor = build_processor(
         tokenizer,
         config,
         {"grid": GRID, "spacing": SPACING, "patch_size": PATCH, "window": WINDOW, "mean": 0.5, "std": 0.5},
     )
-    torch.manual_seed(SEED)
+    torch.manual_seed(args.seed)
     model = PhotonForConditionalGeneration(config).to(torch.bfloat16)
     with torch.no_grad():  # a threshold in the middle, so that an untrained model deletes tokens too
         model.model.language_model.scheduler.predictor.mlp[-1].bias.zero_()
@@ -139,6 +154,9 @@ def main(argv=None):
         max_new_tokens=64,
         do_sample=False,
     )
+    if args.tower:
+        tower = AutoModelForImageTextToText.from_pretrained(args.tower, trust_remote_code=True, dtype=torch.bfloat16)
+        model.model.visual.load_state_dict(tower.model.visual.state_dict())
     processor.save_pretrained(output)
     model.save_pretrained(output)
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-import phantoms as command
 from conftest import ROOT, run_fresh
+from photon.phantoms import __main__ as command
 from photon.phantoms import dataset as phantoms
 from photon.phantoms.anatomy import FOV_ORGANS, LABELS
 from photon.phantoms.patient import CHANGES, LIMITED_FOVS, Phantom, PhantomConfig, make_patient
@@ -391,5 +391,6 @@ def test_every_option_has_a_help_text(capsys):
 
 def test_phantoms_need_no_torch():
     """They are made on machines that only prepare data."""
-    code = "import sys\nsys.path.insert(0, sys.argv[1])\nimport phantoms\nassert 'torch' not in sys.modules"
+    load = "import sys\nsys.path.insert(0, sys.argv[1])\nimport photon.phantoms.__main__"
+    code = load + "\nassert 'torch' not in sys.modules"
     run_fresh(code, ROOT)

@@ -138,8 +138,9 @@ configs:
 ---
 # Phantom torso CTs
 
-{patients} synthetic patients made by `phantoms.py` from seed {config.seed}: analytic organs and lesions, no real
-person's data. Voxels are Hounsfield units (int16). They serve to develop and test a method, not for clinical use.
+{patients} synthetic patients made by `python -m photon.phantoms` from seed {config.seed}: analytic organs and lesions,
+no real person's data. Voxels are Hounsfield units (int16). They serve to develop and test a method, and are not for
+clinical use.
 
 Questions: {rows}. Splits are by patient. Within a split, each question text has each
 answer equally often, so that the blind baseline (the best answer from the text, fitted on train, scored on test)

@@ -24,13 +24,13 @@ CHANGES = ("grown", "shrunk", "unchanged", "new")
 
 
 def setting(default, help):
-    """A dataclass field with a help text, which `phantoms.py --help` shows."""
+    """A dataclass field with a help text, which `python -m photon.phantoms --help` shows."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """What varies from patient to patient. Each field is also an option of `phantoms.py`."""
+    """What varies from patient to patient. Each field is also an option of `python -m photon.phantoms`."""
 
     size: str = setting("small", "voxels: small (4-6 mm) or full (1-2 mm in plane, 1.5-3 mm slices)")
     lesion_probability: float = setting(0.5, "of each of the six organs")

@@ -1,7 +1,7 @@
 """Writes synthetic torso CTs with known truth, and questions about them that need the scan.
 
-    python phantoms.py --one OUT.nii.gz --seed 3                    one scan; its facts are printed as JSON
-    python phantoms.py --output DIR --patients 600 --workers 2      a data set: scans, label maps, questions, card
+    python -m photon.phantoms --one OUT.nii.gz --seed 3                one scan; its facts are printed as JSON
+    python -m photon.phantoms --output DIR --patients 600 --workers 2  a data set: scans, label maps, questions, card
 
 Patients, questions and files are made in photon/phantoms/.
 """
