@@ -252,6 +252,11 @@ class PhotonConfig(Qwen2_5_VLConfig):
             raise ValueError(f"keep_budget is {self.keep_budget}; expected a share above 0.")
         if self.keep_budget is not None and self.saliency_scale != "standard":
             raise ValueError('keep_budget needs saliency_scale="standard", so that one threshold fits every row.')
+        if self.keep_budget is not None and self.band_weight > 0 and not self.band_low <= self.keep_budget:
+            raise ValueError(
+                f"keep_budget is {self.keep_budget}, but the band loss pushes the kept share above band_low, "
+                f"{self.band_low}. Set band_weight=0, or a lower band_low."
+            )
         layers = self.text_config.num_hidden_layers
         if self.surrogate == "exact" and self.scheduler_layer == layers - 1:
             raise ValueError(

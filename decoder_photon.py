@@ -36,7 +36,7 @@ from .scheduling_photon import (
     scatter_places,
     stays,
 )
-from .scheduling_surrogate_photon import gate_mask, soft_weight, surrogate_gather
+from .scheduling_surrogate_photon import GATED_FLASH, gate_mask, soft_weight, surrogate_gather
 
 # === The cut =========================================================================================================
 
@@ -133,7 +133,7 @@ class CutDecoder(PrefixDecoder):
                 if above:
                     mask = self._mask(hidden_states, attention_mask, past_key_values, cut_layer, cut=False)
             if gate is not None and above:
-                mask = self._gated(mask, gate, hidden_states)
+                mask, options = self._gated(mask, gate, hidden_states, options)
             if cut_layer == 0:
                 hidden_states = run(layer, hidden_states)
         if held is not None:
@@ -235,14 +235,17 @@ class CutDecoder(PrefixDecoder):
             layer_idx=layer,
         )
 
-    def _gated(self, mask, gate, hidden_states):
-        """A layer's mask with the gates (B, S) of its keys."""
-        if self.config._attn_implementation not in ("sdpa", "eager"):
+    def _gated(self, mask, gate, hidden_states, options):
+        """A layer's mask and options with the gates (B, S) of its keys."""
+        attention = self.config._attn_implementation
+        if attention == GATED_FLASH:
+            return mask, options | {"key_gate": gate}
+        if attention not in ("sdpa", "eager"):
             raise ValueError(
-                f'surrogate="gate" adds to attention logits, which {self.config._attn_implementation} does not take. '
-                'Train with attn_implementation="sdpa" or "eager", or with another surrogate.'
+                f"surrogate={self.photon.surrogate!r} adds to attention logits, which {attention} does not take. "
+                f'Train with attn_implementation="sdpa", "eager" or "{GATED_FLASH}", or with another surrogate.'
             )
-        return gate_mask(mask, gate.to(hidden_states.dtype))
+        return gate_mask(mask, gate.to(hidden_states.dtype)), options
 
     def _cut_cache(self, cache, keep_index, length, schedule):
         """Note the cut in the cache; with `evict_early_layers` delete the keys and values of layers 0..l too."""

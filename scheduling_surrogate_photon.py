@@ -4,11 +4,15 @@ Deleting a token is a step that has no slope, so the keep probabilities need a g
 
 - `surrogate_gather`: the gather of the kept tokens, with the release's backward rule for the keep probabilities;
 - `soft_weight`: the soft phase, in which nothing is deleted and hidden states are weighted;
-- `gate_mask`: keep probabilities as gates on attention logits, whose limit is deletion.
+- `gate_mask`, `gated_flash_attention`: gates on attention logits; a key whose gate is 0 is as good as deleted.
 B rows, S places of the prompt, S' places after the cut, V visual tokens, D channels.
 """
 
 import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .scheduling_photon import gather_places, scatter_places
 
@@ -25,6 +29,40 @@ def gate_mask(mask, gate):
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=gate.dtype).masked_fill(~mask, torch.finfo(gate.dtype).min)
     return (mask + gate[:, None, None, :]).clamp(min=torch.finfo(gate.dtype).min)
+
+
+GATED_FLASH = "gated_flash_attention_2"  # a name for `attn_implementation`
+
+
+def gated_flash_attention(module, query, key, value, attention_mask, scaling=None, key_gate=None, **kwargs):
+    """Flash attention 2 with `key_gate` (B, K) added to each key's logits; without one, plain flash attention 2.
+
+    Flash attention takes no bias, so query and key get channels more: 1 / scaling in the query and the gate in the key
+    add up to the gate. The kernel wants multiples of eight, and values as wide as keys. query (B, H, Q, d), key and
+    value (B, G, K, d); returns (B, Q, H, d) and the kernel's second result.
+    """
+    attend = ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+    if key_gate is None:
+        return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    size = query.shape[-1]
+    scaling = size**-0.5 if scaling is None else scaling
+    more = 8 - size % 8
+    one = F.pad(query.new_full((*query.shape[:-1], 1), 1 / scaling), (0, more - 1))
+    gate = F.pad(key_gate[:, None, :, None].to(key.dtype).expand(*key.shape[:-1], 1), (0, more - 1))
+    output, weights = attend(
+        module,
+        torch.cat([query, one], dim=-1),
+        torch.cat([key, gate], dim=-1),
+        F.pad(value, (0, more)),
+        attention_mask,
+        scaling=scaling,
+        **kwargs,
+    )
+    return output[..., :size], weights
+
+
+AttentionInterface.register(GATED_FLASH, gated_flash_attention)
+AttentionMaskInterface.register(GATED_FLASH, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
 
 
 class SurrogateGather(torch.autograd.Function):

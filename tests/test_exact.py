@@ -12,7 +12,13 @@ from conftest import collate, text_row, three_rows, tiny_config, tiny_model
 from photon.scheduling_photon import budget_level, gate_offset, hard_concrete
 
 ROWS = [*three_rows(answers=True), text_row(answer=(75, 76))]
-EXACT = {"surrogate": "exact", "saliency_scale": "standard", "keep_budget": 0.3, "saliency_gradient": True}
+EXACT = {
+    "surrogate": "exact",
+    "saliency_scale": "standard",
+    "keep_budget": 0.3,
+    "saliency_gradient": True,
+    "band_low": 0.02,
+}
 
 
 def exact_model(attention="sdpa", **fields):
@@ -201,6 +207,7 @@ def test_flipped_rows_and_checkpointing():
         ({"keep_budget": 0.0}, "expected a share above 0"),
         ({"saliency_scale": "minmax"}, 'needs saliency_scale="standard"'),
         ({"scheduler_layer": 3}, "Take a lower one"),
+        ({"band_low": 0.5, "band_high": 0.6}, "Set band_weight=0"),
         ({"gate_low": 0.1}, "gates of exactly 0 and 1"),
         ({"budget_end_step": 10}, "hard_start_step or more, 8000"),
     ],

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from test_equivalence import flash_like
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import collate, text_row, three_rows, tiny_model
 from photon.scheduling_surrogate_photon import gate_mask
@@ -83,4 +85,29 @@ def test_flash_attention_is_refused():
     decoder = model.model.language_model
     decoder.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2 does not take"):
-        decoder._gated(None, torch.zeros(1, 3), torch.zeros(1, 3, 32))
+        decoder._gated(None, torch.zeros(1, 3), torch.zeros(1, 3, 32), {})
+
+
+@pytest.mark.parametrize("phase", ["soft", "hard"])
+@pytest.mark.parametrize("surrogate", ["gate", "exact"])
+def test_gated_flash_attention_is_gated_sdpa(monkeypatch, surrogate, phase):
+    """The appended channel, through a stand-in for the kernel that takes what the kernel takes."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_like)
+    fields = {"surrogate": surrogate, "saliency_gradient": True}
+    if surrogate == "exact":
+        fields |= {"saliency_scale": "standard", "keep_budget": 0.4}
+    results = []
+    for attention in ("sdpa", "gated_flash_attention_2"):
+        model = tiny_model(**fields).train()
+        model.config._attn_implementation = attention  # set_attn_implementation would look for a CUDA kernel
+        model.set_scheduler_phase(phase)
+        torch.manual_seed(2)
+        out = model(**collate(ROWS))
+        out.lm_loss.backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (sdpa, grads), (flash, flash_grads) = results
+    assert torch.equal(sdpa.keep_mask, flash.keep_mask)
+    torch.testing.assert_close(flash.lm_loss, sdpa.lm_loss, atol=1e-5, rtol=0)
+    assert grads.keys() == flash_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(flash_grads[name], grad, atol=2e-5, rtol=1e-3, msg=name)
