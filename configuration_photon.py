@@ -207,7 +207,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     user_token_id: int | None = 872
 
     def __post_init__(self, **kwargs):
-        # the parent keeps any unknown name in silence, so that a misspelt constant would be lost
+        # the parent keeps any unknown name silently, so that a misspelt constant would be lost
         for name in kwargs:
             if close := difflib.get_close_matches(name, PhotonConfig.__annotations__, n=1, cutoff=0.85):
                 raise ValueError(f"unknown field {name!r} of PhotonConfig; did you mean {close[0]!r}?")

@@ -414,8 +414,8 @@ def test_ct_rate_vqa(tmp_path):
     assert first["answer"] == "B" and first["options"]["D"] == "four" and first["patient"] == "valid_3"
     assert second["answer"] == "A" and len(second["messages"]) == 2  # stands alone
     assert third["question"] == "First?" and len(third["messages"]) == 2
-    said = [[part.get("text", part["type"]) for part in message["content"]] for message in fourth["messages"]]
-    assert said == [["volume", "First?"], ["One."], ["Second?"], ["Two."]] and fourth["answer"] == "Two."
+    texts = [[part.get("text", part["type"]) for part in message["content"]] for message in fourth["messages"]]
+    assert texts == [["volume", "First?"], ["One."], ["Second?"], ["Two."]] and fourth["answer"] == "Two."
     assert report["task"] == "report-generation" and report["kind"] == "text" and report["question"] == "Report."
     bad = [entries[0], entries[0], {**entries[2], "id": "r", "image": "x.nii.gz"}]
     bad.append({"id": "m", "image": "valid_1_a_1.nii.gz", "conversations": turn("Q <multiple_choice>", "two")})

@@ -154,7 +154,7 @@ def test_token_budget_and_ties(tensors):
     queries, question_keys, visual_keys, *rest = tensors
     same = visual_keys[:, :, :1].expand(-1, -1, V, -1)
     schedule = scheduler(SchedulerInputs(queries, question_keys, same, *rest, keep_count=torch.tensor([3, 2])))
-    assert schedule.keep_mask[0].nonzero().flatten().tolist() == [0, 1, 2]  # of equals the first
+    assert schedule.keep_mask[0].nonzero().flatten().tolist() == [0, 1, 2]  # the first of equal ones
 
 
 def test_flipped_rows_keep_the_others(tensors):

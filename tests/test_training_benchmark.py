@@ -46,7 +46,7 @@ def variants(training, **options):
 
 
 def test_same_question_same_labels(training):
-    """But for the number of scan tokens; two scans, each with a question of its own."""
+    """Except for the number of scan tokens; two scans, each with a question of its own."""
     found = variants(training, scans=2)
     assert list(found) == NAMES
     assert {name: (v.visual, v.text) for name, v in found.items()} == {

@@ -1,4 +1,4 @@
-"""Rows and batches of training: every spelling to one shape, every fault by file and line, spoilt scans, token labels.
+"""Rows and batches of training: every spelling to one shape, every fault by file and line, perturbed scans, token labels.
 
 pytest tests/test_training_data.py
 """
@@ -380,13 +380,13 @@ def test_noise_is_even_between_air_and_the_windows_end(patches):
 def test_draws_have_the_shares_of_the_config():
     rule = tiny_config(robust_shares=(0.3, 0.1, 0.2, 0.05, 0.15, 0.2), robust_probability=0.25, flip_probability=0.1)
     many = 20_000
-    kinds, spoilt = perturbations.draw_rows(rule, 7, 11, range(many), [1] * many, flips=True)
+    kinds, perturbed = perturbations.draw_rows(rule, 7, 11, range(many), [1] * many, flips=True)
     count = Counter(kinds)
     assert abs(count[Objective.ROBUST] / many - 0.25) < 0.01 and abs(count[Objective.FLIP] / many - 0.1) < 0.01
-    shares = Counter(kind for kind in spoilt if kind is not None)
+    shares = Counter(kind for kind in perturbed if kind is not None)
     for kind, share in enumerate(rule.robust_shares):
         assert abs(shares[kind] / count[Objective.ROBUST] - share) < 0.02
-    assert all((kind == Objective.ROBUST) == (how is not None) for kind, how in zip(kinds, spoilt, strict=True))
+    assert all((kind == Objective.ROBUST) == (how is not None) for kind, how in zip(kinds, perturbed, strict=True))
     kinds, _ = perturbations.draw_rows(rule, 7, 11, range(many), [1] * many, flips=False)
     assert Objective.FLIP not in kinds and Counter(kinds)[Objective.ROBUST] == count[Objective.ROBUST]
     kinds, _ = perturbations.draw_rows(rule, 7, 11, range(many), [0] * many, flips=True)
@@ -404,12 +404,12 @@ def test_a_draw_follows_from_seed_step_and_row_alone():
     )
 
 
-def test_only_the_robust_rows_scans_are_spoilt():
+def test_only_the_robust_rows_scans_are_perturbed():
     grids = torch.tensor([[1, 2, 2], [2, 2, 2], [1, 2, 4], [1, 4, 4]])
     patches = torch.randn(int(grids.prod(-1).sum()), 10)
-    rule, spoilt = tiny_config(), [None, perturbations.NOISE, None, perturbations.EMPTY]
+    rule, perturbed = tiny_config(), [None, perturbations.NOISE, None, perturbations.EMPTY]
     places = torch.arange(4)
-    out, index, whole = perturbations.perturb_rows(patches, grids, places, [1, 2, 0, 1], spoilt, rule, [5, 6, 7, 8])
+    out, index, whole = perturbations.perturb_rows(patches, grids, places, [1, 2, 0, 1], perturbed, rule, [5, 6, 7, 8])
     first, second, third, last = out.split([4, 8, 8, 16])
     assert index.tolist() == [0, 1, 2, 3] and whole == [0]
     assert torch.equal(first, patches[:4]) and (last == 0).all()
@@ -420,13 +420,15 @@ def test_only_the_robust_rows_scans_are_spoilt():
     assert same is patches and index is places and whole == [0, 1, 2, 3]
 
 
-def test_a_spoilt_row_gets_a_scan_of_its_own():
-    """Rows 0, 1 and 3 show scan A (row 3 beside B), row 2 shows C alone. Rows 1 and 2 are spoilt."""
+def test_a_perturbed_row_gets_a_scan_of_its_own():
+    """Rows 0, 1 and 3 show scan A (row 3 beside B), row 2 shows C alone. Rows 1 and 2 are perturbed."""
     patches, rule = torch.randn(4 + 8 + 6, 3), tiny_config()
     grids = torch.tensor([[1, 2, 2], [1, 2, 2], [3, 1, 2], [1, 2, 2], [2, 2, 2]])
     index, count = torch.tensor([0, 0, 2, 0, 1]), [1, 1, 1, 2]
-    spoilt = [None, perturbations.NOISE, perturbations.EMPTY, None]
-    out, index, whole = perturbations.perturb_rows(patches, grids, index, count, spoilt, rule, [1, 2, 3, 4], -2.0, 5.0)
+    perturbed = [None, perturbations.NOISE, perturbations.EMPTY, None]
+    out, index, whole = perturbations.perturb_rows(
+        patches, grids, index, count, perturbed, rule, [1, 2, 3, 4], -2.0, 5.0
+    )
     assert whole == [0, 1] and index.tolist() == [0, 2, 3, 0, 1]
     a, b, noise, empty = out.split([4, 8, 4, 6])
     assert torch.equal(a, patches[:4]) and torch.equal(b, patches[4:12]) and (empty == -2).all()
