@@ -1,4 +1,4 @@
-"""Rows and batches of training: every spelling to one shape, every fault by file and line, perturbed scans, token labels.
+"""Rows and batches of training: spellings to one shape, faults by file and line, perturbed scans, token labels.
 
 pytest tests/test_training_data.py
 """
@@ -425,7 +425,7 @@ def test_a_perturbed_row_gets_a_scan_of_its_own():
     patches, rule = torch.randn(4 + 8 + 6, 3), tiny_config()
     grids = torch.tensor([[1, 2, 2], [1, 2, 2], [3, 1, 2], [1, 2, 2], [2, 2, 2]])
     index, count = torch.tensor([0, 0, 2, 0, 1]), [1, 1, 1, 2]
-    perturbed = [None, perturbations.NOISE, perturbations.EMPTY, None]
+    kinds = [None, perturbations.NOISE, perturbations.EMPTY, None]
     out, index, whole = perturbations.perturb_rows(
         patches, grids, index, count, perturbed, rule, [1, 2, 3, 4], -2.0, 5.0
     )
