@@ -426,9 +426,7 @@ def test_a_perturbed_row_gets_a_scan_of_its_own():
     grids = torch.tensor([[1, 2, 2], [1, 2, 2], [3, 1, 2], [1, 2, 2], [2, 2, 2]])
     index, count = torch.tensor([0, 0, 2, 0, 1]), [1, 1, 1, 2]
     kinds = [None, perturbations.NOISE, perturbations.EMPTY, None]
-    out, index, whole = perturbations.perturb_rows(
-        patches, grids, index, count, perturbed, rule, [1, 2, 3, 4], -2.0, 5.0
-    )
+    out, index, whole = perturbations.perturb_rows(patches, grids, index, count, kinds, rule, [1, 2, 3, 4], -2.0, 5.0)
     assert whole == [0, 1] and index.tolist() == [0, 2, 3, 0, 1]
     a, b, noise, empty = out.split([4, 8, 4, 6])
     assert torch.equal(a, patches[:4]) and torch.equal(b, patches[4:12]) and (empty == -2).all()
