@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_photon import PhotonConfig
+from .objectives_photon import GATED_FLASH, gate_mask, soft_weight, surrogate_gather
 from .prefix_photon import PrefixDecoder
 from .prompt_photon import Cut, PhotonCache, layout_of, real_places
 from .scheduling_photon import (
@@ -36,7 +37,6 @@ from .scheduling_photon import (
     scatter_places,
     stays,
 )
-from .scheduling_surrogate_photon import GATED_FLASH, gate_mask, soft_weight, surrogate_gather
 
 # === The cut =========================================================================================================
 

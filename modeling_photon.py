@@ -7,8 +7,7 @@ What differs from Qwen2.5-VL, and nothing else:
 - `PhotonTextModel` (`decoder_photon.py`): the cut;
 - `PhotonCache` (`prompt_photon.py`): a `DynamicCache` that knows what was cut;
 - `ScanPrefix` (`prefix_photon.py`): a scan that was read once, for many questions.
-The method itself is in `scheduling_photon.py` (which tokens stay) and `scheduling_surrogate_photon.py` (how the cut
-learns), its objectives in `objectives_photon.py`.
+The method itself is in `scheduling_photon.py` (which tokens stay) and `objectives_photon.py` (how it learns).
 """
 
 from dataclasses import fields

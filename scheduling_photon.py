@@ -9,7 +9,7 @@ size, Q question tokens, V visual tokens (rows with fewer are padded on the righ
 - `TokenScheduler`: both together. Any module that maps `SchedulerInputs` to a `Schedule` can take its place, see
   `PhotonForConditionalGeneration.set_scheduler` and the methods in `photon/schedulers/`;
 - `stays`, `padded_places`: which places of the sequence stay.
-How the cut learns is in scheduling_surrogate_photon.py.
+How the cut learns is in objectives_photon.py.
 """
 
 import math

@@ -15,8 +15,8 @@ import torch
 from common import ROOT, arguments, interleaved, report
 from photon.configuration_photon import PhotonConfig
 from photon.decoder_photon import PhotonTextModel
+from photon.objectives_photon import surrogate_gather
 from photon.scheduling_photon import ScanRequest, padded_places, stays
-from photon.scheduling_surrogate_photon import surrogate_gather
 
 VISUAL, QUESTION, TEXT, KEPT = 1000, 24, 80, 0.39
 PRESETS = {

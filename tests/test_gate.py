@@ -6,7 +6,7 @@ from test_equivalence import flash_like
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import collate, text_row, three_rows, tiny_model
-from photon.scheduling_surrogate_photon import gate_mask
+from photon.objectives_photon import gate_mask
 
 ROWS = [*three_rows(answers=True), text_row(answer=(75, 76))]
 

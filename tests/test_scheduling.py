@@ -16,6 +16,7 @@ from conftest import (
     tiny_config,
 )  # fmt: skip
 from photon.modeling_photon import PhotonForConditionalGeneration
+from photon.objectives_photon import surrogate_gather
 from photon.prompt_photon import question_mask
 from photon.scheduling_photon import (
     Schedule,
@@ -25,7 +26,6 @@ from photon.scheduling_photon import (
     padded_places,
     stays,
 )
-from photon.scheduling_surrogate_photon import surrogate_gather
 
 B, H, G, D, Q, V = 2, 6, 2, 8, 5, 11
 

@@ -83,15 +83,11 @@ class DeepTumorVQA1(evaluate.Metric):
     MRA_SUBTYPES = MRA_SUBTYPES
 
     def _info(self):
-        text = datasets.Value("string")
         names = ("predictions", "references", "types", "subtypes")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="arXiv 2505.18915 (DeepTumorVQA), arXiv 2603.25155 (Photon)",
-            inputs_description=_INPUTS,
-            features=datasets.Features(dict.fromkeys(names, text)),
-            reference_urls=["https://github.com/alibaba-damo-academy/Photon"],
-        )
+        features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+        urls = ["https://github.com/alibaba-damo-academy/Photon"]
+        cited = "arXiv 2505.18915 (DeepTumorVQA), arXiv 2603.25155 (Photon)"
+        return evaluate.MetricInfo(_DESCRIPTION, cited, features, _INPUTS, reference_urls=urls)
 
     def _compute(self, predictions, references, types, subtypes, answer_format="mc"):
         if answer_format not in ("mc", "freetext"):
