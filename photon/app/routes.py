@@ -11,6 +11,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
+from photon.app.niivue import niivue_bundle
 from photon.app.scans import nifti_bytes, plain_fault, read_scan, sample, small_image
 from photon.app.visits import Full
 from photon.scan_faults_photon import VolumeError
@@ -19,13 +20,7 @@ from photon.viewer.export import HERE as VIEWER
 from photon.viewer.export import html_page
 
 HERE = Path(__file__).resolve().parent
-NIIVUE = (HERE / "niivue.js", HERE / "node_modules" / "@niivue" / "niivue" / "dist" / "index.js")  # in a Space; here
 SLOW = 60.0  # seconds without a byte after which an upload is given up
-
-
-def niivue_bundle():
-    """The file of NiiVue's bundle, `None` where it is not installed."""
-    return next((file for file in NIIVUE if file.is_file()), None)
 
 
 def build_routes(engine, visits, limits):

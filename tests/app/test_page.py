@@ -15,7 +15,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r r
 pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
 
 from conftest import TOKENS, real  # noqa: E402
-from photon.app.routes import niivue_bundle  # noqa: E402
+from photon.app.niivue import niivue_bundle  # noqa: E402
 from running import running  # noqa: E402
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -270,3 +270,34 @@ def test_the_exported_page_is_offline(chromium, tmp_path):
     picture(page, "exported")
     assert watched.faults == []
     watched.close()
+
+
+def test_the_space_runs(tmp_path):
+    """The built folder alone, as a Space starts it, gives the page."""
+    import subprocess
+    import sys
+    import time
+    import urllib.request
+
+    from photon.publishing.space import build_space
+    from running import free_port
+
+    if niivue_bundle() is None:
+        pytest.skip("NiiVue is not installed: npm ci --prefix photon/app --ignore-scripts")
+    folder, port = build_space(tmp_path / "space"), free_port()
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen([sys.executable, "space/app.py"], cwd=folder, env=environment)
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/photon/static/niivue.js", timeout=5) as reply:
+                    assert reply.status == 200
+                    break
+            except OSError:
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.5)
+    finally:
+        process.terminate()
+        process.wait(30)
