@@ -290,13 +290,12 @@ def test_a_push_sends_what_the_dry_run_lists(hub, model, run, training):
     sent = push_to(hub, *words, "--private")
     assert sent.returncode == 0, sent.stderr
     created = hub.state["created"]
-    assert created["name"] == "my-photon" and (
-        created.get("visibility") == "private" or created.get("private") is True
-    )
+    assert created["name"] == "my-photon"
+    assert created.get("visibility") == "private" or created["private"] is True
     assert hub.state["tokens"] == {"Bearer hf_test"}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in hub.state["files"].items()}
     lines = [line.split() for line in listed.stdout.splitlines() if re.match(r"[0-9a-f]{64} ", line)]
-    assert digests == {name: digest for digest, _, name in lines} and len(lines) > 30
+    assert digests == {name: digest for digest, _, name in lines} and len(lines) > 20
     assert hub.state["deleted"] == ["old.bin"]  # what was there before does not stay beside it
 
 
