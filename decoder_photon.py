@@ -23,9 +23,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_photon import PhotonConfig
-from .objectives_photon import GATED_FLASH, gate_mask, soft_weight, surrogate_gather
-from .prefix_photon import PrefixDecoder
-from .prompt_photon import Cut, PhotonCache, layout_of, real_places
+from .objectives_photon import CutLearning
+from .prefix_photon import Cut, PhotonCache, layout_of
+from .prompt_photon import real_places
 from .scheduling_photon import (
     Float32Linear,
     ScanRequest,
@@ -34,14 +34,13 @@ from .scheduling_photon import (
     TokenScheduler,
     gather_places,
     padded_places,
-    scatter_places,
     stays,
 )
 
 # === The cut =========================================================================================================
 
 
-class CutDecoder(PrefixDecoder):
+class CutDecoder(CutLearning):
     """Runs a decoder's layers with one cut among them. Mixed into a text model of transformers.
 
     It uses the model's `config`, `layers`, `rotary_emb(states, position_ids)`, and
@@ -108,8 +107,8 @@ class CutDecoder(PrefixDecoder):
             if scan is not None:
                 inputs = self.scheduler_inputs(scan, scores, hidden_states, layer)
                 schedule = self.scheduler(inputs).to(hidden_states.device)
-                if prefix is not None:
-                    prefix.check_schedule(schedule)
+                if prefix is not None and prefix.reuse == "select" and schedule.hidden_states is not None:
+                    raise ValueError('The scheduler merges tokens, whose keys reuse="select" has. Use reuse="exact".')
                 hidden_states, gate = self._weigh(hidden_states, scan, schedule)
             if scan is not None and self._phase == "hard":
                 stay = stays(scan.visual_mask, schedule.keep_mask, scan.real)
@@ -128,7 +127,7 @@ class CutDecoder(PrefixDecoder):
             elif prefix is not None:  # nothing is cut
                 if prefix.reuse == "select":
                     prefix.fill(past_key_values, above)
-                    keep_index = prefix.text_places(attention_mask)
+                    keep_index = prefix.held_and_fresh(attention_mask)[1]  # the text's places
                 embeddings = self.rotary_emb(hidden_states, position_ids[..., -hidden_states.shape[1] :])
                 if above:
                     mask = self._mask(hidden_states, attention_mask, past_key_values, cut_layer, cut=False)
@@ -139,6 +138,43 @@ class CutDecoder(PrefixDecoder):
         if held is not None:
             hidden_states, keep_index = prefix.whole(hidden_states, held, fresh)
         return hidden_states, schedule, keep_index
+
+    def encode_prefix(self, hidden_states, real, position_ids, visual, reuse):
+        """The tensors of a `ScanPrefix` that the decoder computes.
+
+        Args: hidden_states (N, P, D) embeddings; real, visual (N, P) bool; position_ids (3, N, P); reuse: "exact" or
+            "select".
+        """
+        cut_layer, cache = self.photon.scheduler_layer + 1, DynamicCache(config=self.config)
+
+        def run(layers, states, real, position_ids, first, **score):
+            embeddings = self.rotary_emb(states, position_ids)
+            mask = self._mask(states, real, cache, first, cut=False)
+            for layer in layers:
+                states = layer(
+                    states, attention_mask=mask, position_embeddings=embeddings, past_key_values=cache, **score
+                )
+            return states
+
+        if cut_layer == 0:
+            places = torch.arange(real.shape[1], device=hidden_states.device).expand(real.shape)
+            score = {"score": ({}, {"keys": places}), "score_only": True}
+            score_keys = run(self.layers[:1], hidden_states, real, position_ids, 0, **score)["keys"]
+        else:
+            hidden_states = run(self.layers[:cut_layer], hidden_states, real, position_ids, 0)
+            score_keys = cache.layers[cut_layer - 1].keys
+        lead = padded_places(real & (visual.cumsum(-1) == 0))
+        lead_states, above = gather_places(hidden_states, lead), self.layers[cut_layer:]
+        if reuse == "select":
+            lead_states = gather_places(run(above, hidden_states, real, position_ids, cut_layer), lead)
+        elif lead.shape[1]:
+            positions = torch.stack([gather_places(axis, lead) for axis in position_ids])
+            lead_states = run(above, lead_states, lead >= 0, positions, cut_layer)
+        tensors = {"lead_index": lead, "lead_states": lead_states, "states": hidden_states, "score_keys": score_keys}
+        for i, layer in enumerate(cache.layers):
+            tensors[f"keys.{i}"] = layer.keys if layer.is_initialized else score_keys[:, :, :0]
+            tensors[f"values.{i}"] = layer.values if layer.is_initialized else score_keys[:, :, :0]
+        return tensors
 
     def _score(self, run, layer, hidden_states, scan, prefix):
         """Hidden states behind the scoring layer (in front of it where the cut is before layer 0), and its queries and
@@ -194,32 +230,6 @@ class CutDecoder(PrefixDecoder):
             **features,
         )
 
-    def _weigh(self, hidden_states, scan, schedule):
-        """The states as merged by the scheduler, or weighted in the soft phase; and the gates (B, S) or `None`."""
-        if self._phase == "dense":
-            return hidden_states + 0.0 * schedule.keep_prob.sum().to(hidden_states.dtype), None
-        length = hidden_states.shape[1]
-        if schedule.hidden_states is not None:
-            merged = scatter_places(
-                schedule.hidden_states.to(hidden_states.dtype), scan.visual_index, scan.visual, length
-            )
-            hidden_states = torch.where(scan.visual_mask[..., None], merged, hidden_states)
-        if schedule.log_gate is not None:
-            return hidden_states, scatter_places(schedule.log_gate, scan.visual_index, scan.visual, length)
-        if self._phase == "soft":
-            return soft_weight(hidden_states, schedule, scan.visual_index, scan.visual), None
-        return hidden_states, None
-
-    def _gather(self, hidden_states, scan, schedule, keep_index, gate):
-        """The kept tokens' states (B, S', D), and the gates (B, S') or `None`."""
-        if gate is not None:
-            if self.photon.surrogate == "gate":  # 0, with the gradient of the gates
-                gate = gate - gate.detach()
-            return gather_places(hidden_states, keep_index), gather_places(gate, keep_index)
-        return surrogate_gather(
-            hidden_states, schedule, scan.visual_index, scan.visual, keep_index, self.photon, scan.row_weight
-        ), None
-
     def _mask(self, hidden_states, attention_mask, past_key_values, layer, positions=None, cut=True):
         """The causal mask for a layer, from the unpruned sequence's 2D mask, or from the layer's own if not `cut`."""
         layout = layout_of(past_key_values, layer) if cut else None
@@ -234,18 +244,6 @@ class CutDecoder(PrefixDecoder):
             position_ids=positions,
             layer_idx=layer,
         )
-
-    def _gated(self, mask, gate, hidden_states, options):
-        """A layer's mask and options with the gates (B, S) of its keys."""
-        attention = self.config._attn_implementation
-        if attention == GATED_FLASH:
-            return mask, options | {"key_gate": gate}
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"surrogate={self.photon.surrogate!r} adds to attention logits, which {attention} does not take. "
-                f'Train with attn_implementation="sdpa", "eager" or "{GATED_FLASH}", or with another surrogate.'
-            )
-        return gate_mask(mask, gate.to(hidden_states.dtype)), options
 
     def _cut_cache(self, cache, keep_index, length, schedule):
         """Note the cut in the cache; with `evict_early_layers` delete the keys and values of layers 0..l too."""
@@ -277,15 +275,6 @@ class CutDecoder(PrefixDecoder):
             visual_count=schedule.visual_count,
             threshold=schedule.threshold,
         )
-
-    def _touch_scheduler(self):
-        """0, with a gradient of 0 for the scheduler, since a rank without a scan must take part in the reduction."""
-        attention = self.layers[self.scoring_layer].self_attn  # one row of one question token and one visual token
-        keys = self.norm.weight.new_zeros(1, attention.num_key_value_heads, 1, attention.head_dim)
-        queries = keys.new_zeros(1, attention.num_heads, 1, attention.head_dim)
-        real = torch.ones(1, 1, dtype=torch.bool, device=keys.device)
-        inputs = SchedulerInputs(queries, keys, keys, real, real, attention.scaling, deletes=False)
-        return 0.0 * self.scheduler(inputs).keep_prob.sum()
 
 
 # === On Qwen2.5-VL ===================================================================================================

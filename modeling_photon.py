@@ -5,12 +5,13 @@ What differs from Qwen2.5-VL, and nothing else:
   scan and question;
 - `PhotonForConditionalGeneration`: labels cut alike, the losses, the phases, what generation must refuse;
 - `PhotonTextModel` (`decoder_photon.py`): the cut;
-- `PhotonCache` (`prompt_photon.py`): a `DynamicCache` that knows what was cut;
+- `PhotonCache` (`prefix_photon.py`): a `DynamicCache` that knows what was cut;
 - `ScanPrefix` (`prefix_photon.py`): a scan that was read once, for many questions.
 The method itself is in `scheduling_photon.py` (which tokens stay) and `objectives_photon.py` (how it learns).
 """
 
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,23 +26,21 @@ from transformers.utils import can_return_tuple
 
 from .decoder_photon import PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel
 from .objectives_photon import Objective, PhotonCausalLMOutputWithPast, all_losses, full_length
-from .prefix_photon import PrefixModel
+from .prefix_photon import PhotonCache, PrefixModel
 from .prompt_photon import (
     NO_MASKS,
     NO_TOKEN_TYPES,
-    PhotonCache,
     PhotonVisionOutput,
+    PromptFeatures,
     PromptPositions,
     check_scan,
+    encode_in_parts,
     grid_coordinates,
     grids_of_volumes,
     grown_mask,
-    last_of_prompt,
     record_attention,
     refuse_static,
     rope_deltas,
-    row_numbers,
-    scheduler_features,
     visual_places,
 )
 from .prompt_photon import question_mask as find_question
@@ -57,8 +56,13 @@ SCAN_INPUTS = (
 )  # fmt: skip
 
 
-class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_VLModel):
-    """Vision tower and decoder of Photon: volumes and text in, hidden states out."""
+class PhotonModel(PrefixModel, PromptPositions, PromptFeatures, PhotonPreTrainedModel, Qwen2_5_VLModel):
+    """Vision tower and decoder of Photon: volumes and text in, hidden states out.
+
+    patches_at_once: how many patches the vision tower takes at a time in training; `None` for all.
+    """
+
+    patches_at_once = None
 
     def __init__(self, config):
         config.validate()  # fields may have been set one by one since it was made
@@ -106,9 +110,12 @@ class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_V
                 f"pixel_values_videos has {len(pixel_values_videos)} patches, but video_grid_thw counts {patches}; "
                 "the two must match. Pass both as the processor returns them."
             )
-        needs = self.language_model.scheduler.needs
+        needs, encode = self.language_model.scheduler.needs, partial(super().get_video_features, **kwargs)
         with record_attention(self.visual, grids, active="vision" in needs) as recorded:
-            outputs = super().get_video_features(pixel_values_videos, grids, **kwargs)
+            if self.training and "vision" not in needs and self.patches_at_once is not None:
+                outputs = encode_in_parts(encode, pixel_values_videos, grids, self.patches_at_once)
+            else:
+                outputs = encode(pixel_values_videos, grids)
         lists = [list(outputs.pooler_output)]
         if needs & {"vision", "coordinates"}:
             coordinates = [grid_coordinates(grid, self.visual.spatial_merge_size) for grid in grids]
@@ -201,7 +208,7 @@ class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_V
                 "keep_count": keep_counts(visual.sum(-1), token_budget, keep_ratio),
                 "flip": flip,
                 "row_weight": row_weight,
-                "scheduler_features": self._scheduler_features(
+                "scheduler_features": self.scheduler_features(
                     input_ids, visual, question_mask, mm_encoder_outputs, scan
                 ),
             }
@@ -233,28 +240,6 @@ class PhotonModel(PrefixModel, PromptPositions, PhotonPreTrainedModel, Qwen2_5_V
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             outputs.last_hidden_state = full_length(outputs.last_hidden_state, outputs.get("keep_index"), length)
         return outputs
-
-    def _scheduler_features(self, input_ids, visual, question_mask, mm_encoder_outputs, scan):
-        """What the scheduler needs beside the scoring layer, by the names of `SchedulerInputs`; (B, V, ...) each."""
-        needs, features = self.language_model.scheduler.needs, {}
-        if needs & {"vision", "coordinates"}:
-            lists = getattr((mm_encoder_outputs or {}).get("video"), "deepstack_features", None)
-            if scan is not None and scan.features:
-                features = dict(scan.features)
-            elif lists is None:
-                raise ValueError(
-                    "The scheduler needs the scan's grid or the vision tower's attention, but the encoded scan does "
-                    "not carry them. Encode it with get_video_features or encode_scan after set_scheduler, and pass "
-                    "the whole output."
-                )
-            else:
-                features = scheduler_features(lists, visual)
-        if needs & {"row_number", "sequence"}:
-            if input_ids is None:
-                raise ValueError("The scheduler needs the prompt's words; pass input_ids, not inputs_embeds.")
-            features["last_index"] = last_of_prompt(input_ids, question_mask, self.config)
-            features["row_number"] = row_numbers(input_ids, visual, features["last_index"])
-        return features
 
     def _with_vision_touched(self, input_ids, inputs_embeds):
         """The embeddings, unchanged, but with a gradient of 0 for the vision tower: as for the scheduler, a rank whose
@@ -324,6 +309,7 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         use_scheduler: bool | None = None,
         objective: torch.LongTensor | None = None,
         output_full_length: bool | None = None,
+        skip_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         scan=None,
         **kwargs,
@@ -337,6 +323,8 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
                 where a token was deleted; default `config.output_full_length`. Without it they have the length after
                 the cut (B, S', vocabulary), and `keep_index` tells which place each belongs to. Without effect where
                 logits_to_keep chooses logits.
+            skip_logits: with labels give the losses alone. Logits are then made where there is a label, a few at a
+                time, which saves their memory everywhere else.
             num_items_in_batch: answer tokens of the whole step, as the Trainer counts them over accumulated batches.
         """
         flip = None if objective is None else objective == Objective.FLIP
@@ -369,13 +357,16 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
             output_full_length=False,  # the head runs on the short sequence
             **kwargs,
         )
-        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, places])
-        losses = {}
+        skip_logits, logits, losses = skip_logits and labels is not None, None, {}
+        if not skip_logits:
+            places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, places])
         if labels is not None:
             dense = self.training and self.model.language_model.scheduler_phase == "dense"
-            losses = all_losses(logits, labels, outputs, objective, row_weight, total, self.config, band=not dense)
-        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            states, head = (outputs.last_hidden_state, self.lm_head) if skip_logits else (logits, None)
+            share = row_weight, total
+            losses = all_losses(states, labels, outputs, objective, *share, self.config, band=not dense, head=head)
+        whole = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
         if whole and (self.config.output_full_length if output_full_length is None else output_full_length):
             prompt = input_ids if inputs_embeds is None else inputs_embeds
             logits = full_length(logits, outputs.keep_index, prompt.shape[1])

@@ -6,7 +6,8 @@
 - The cut (SGP, surrogate gradient propagation, section 3.3): deleting a token is a step without a slope, so the keep
   probabilities need a gradient from elsewhere. `surrogate_gather` gathers the kept tokens with the release's backward
   rule; `soft_weight` weights hidden states in the soft phase, in which nothing is deleted; `gate_mask` and
-  `gated_flash_attention` put gates on attention logits, and a key whose gate is 0 is as good as deleted.
+  `gated_flash_attention` put gates on attention logits, and a key whose gate is 0 is as good as deleted. `CutLearning`
+  is what a decoder does with them.
 B rows, S places of the prompt, S' places after the cut, V visual tokens, D channels.
 """
 
@@ -15,14 +16,17 @@ from enum import IntEnum
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .scheduling_photon import ScheduleFields, gather_places, scatter_places
+from .scheduling_photon import ScheduleFields, SchedulerInputs, gather_places, scatter_places
 
 # === Losses ==========================================================================================================
+
+TOKENS_AT_ONCE = 128  # whose logits are held at a time
 
 
 @dataclass
@@ -49,27 +53,42 @@ class Objective(IntEnum):
     FLIP = 2  # the row kept what it would drop: do not know the answer
 
 
-def answer_losses(logits, target, objective=None, flip_eps=1e-6):
+def answer_losses(logits, target, objective=None, flip_eps=1e-6, head=None):
     """Sum over a row's answer tokens of its kind of loss, and how many there are.
 
     Args: logits (B, S, vocabulary); target (B, S), the token that each place predicts, -100 where there is nothing
         to learn; objective (B,) of `Objective`, default all `ANSWER`; flip_eps: guard of the flip objective's
-        logarithm.
+        logarithm; head: makes logits of hidden states (N, D), which then stand in place of logits, (B, S, D).
     Returns: (B,) float32 sums, (B,) counts. Cross-entropy for `ANSWER`; minus the entropy for `ROBUST`;
         -log(1 - p(token) + eps) for `FLIP`.
     """
     row, place = (target != -100).nonzero(as_tuple=True)
-    log_prob = logits[row, place].float().log_softmax(-1)  # (N, vocabulary), answer tokens alone
-    chosen = log_prob.gather(-1, target[row, place][:, None])[:, 0]  # (N,)
-    losses = -chosen
-    if objective is not None:
-        kind = objective[row]
-        entropy = -(log_prob.exp() * log_prob).sum(-1)
-        flip = -torch.log(1 - chosen.exp() + flip_eps)
-        losses = torch.where(kind == Objective.ROBUST, -entropy, torch.where(kind == Objective.FLIP, flip, losses))
+    kind = torch.zeros_like(row) if objective is None else objective[row]
+    parts = logits[row, place], target[row, place], kind  # answer tokens alone
+    if head is None:
+        losses = token_losses(*parts, flip_eps)  # (N,)
+    else:  # logits of a few tokens at a time, made again on the way back
+        parts = zip(*(part.split(TOKENS_AT_ONCE) for part in parts), strict=True)
+
+        def of_states(states, target, kind):
+            return token_losses(head(states), target, kind, flip_eps)
+
+        losses = torch.cat([checkpoint(of_states, *part, use_reentrant=False) for part in parts])
     count = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
     sums = count.index_add(0, row, losses)
     return sums, count.index_add(0, row, torch.ones_like(losses))
+
+
+def token_losses(logits, target, kind, flip_eps):
+    """(N,) float32: each token's loss of its kind. logits (N, vocabulary); target, kind (N,)."""
+    log_prob = logits.float().log_softmax(-1)
+    chosen = log_prob.gather(-1, target[:, None])[:, 0]
+    losses = -chosen
+    if (kind != Objective.ANSWER).any():
+        entropy = -(log_prob.exp() * log_prob).sum(-1)
+        flip = -torch.log(1 - chosen.exp() + flip_eps)
+        losses = torch.where(kind == Objective.ROBUST, -entropy, torch.where(kind == Objective.FLIP, flip, losses))
+    return losses
 
 
 def band_losses(keep_prob, visual, low, high):
@@ -81,18 +100,18 @@ def band_losses(keep_prob, visual, low, high):
     return (F.relu(ratio - high) + F.relu(low - ratio)) * visual.any(-1)
 
 
-def all_losses(logits, labels, outputs, objective, row_weight, total, config, band=True):
+def all_losses(logits, labels, outputs, objective, row_weight, total, config, band=True, head=None):
     """The model's loss and its two parts, as fields of the output.
 
     Args: logits (B, S', vocabulary); labels (B, S) of the unpruned sequence, cut here as the logits are; outputs: of
         `PhotonModel`; objective (B,) or `None`; row_weight (B,), each row's share of the loss; total: answer tokens of
-        the whole step; band: whether the band loss counts.
+        the whole step; band: whether the band loss counts; head: as of `answer_losses`.
     """
     keep_index = outputs.keep_index
     if keep_index is not None:
         labels = gather_places(labels, keep_index).masked_fill(keep_index < 0, -100)
     target = F.pad(labels, (0, 1), value=-100)[:, 1:]  # place s predicts the token at s + 1
-    sums, _ = answer_losses(logits, target, objective, config.flip_eps)  # (B,)
+    sums, _ = answer_losses(logits, target, objective, config.flip_eps, head)  # (B,)
     lm_loss, band_loss = sums.sum() / total, sums.new_zeros(())
     if outputs.keep_prob is not None and band:
         places = torch.arange(outputs.keep_prob.shape[1], device=labels.device)
@@ -238,3 +257,54 @@ def soft_weight(hidden, schedule, visual_index, visual):
     """The soft phase: visual hidden states times their keep probability, by ordinary autograd. Returns (B, S, D)."""
     weights = 1.0 + scatter_places(schedule.keep_prob - 1.0, visual_index, visual, hidden.shape[1])
     return hidden * weights[..., None].to(hidden.dtype)
+
+
+class CutLearning:
+    """What `CutDecoder` does at its cut so that training reaches the keep probabilities."""
+
+    def _weigh(self, hidden_states, scan, schedule):
+        """The states as merged by the scheduler, or weighted in the soft phase; and the gates (B, S) or `None`."""
+        if self._phase == "dense":
+            return hidden_states + 0.0 * schedule.keep_prob.sum().to(hidden_states.dtype), None
+        length = hidden_states.shape[1]
+        if schedule.hidden_states is not None:
+            merged = scatter_places(
+                schedule.hidden_states.to(hidden_states.dtype), scan.visual_index, scan.visual, length
+            )
+            hidden_states = torch.where(scan.visual_mask[..., None], merged, hidden_states)
+        if schedule.log_gate is not None:
+            return hidden_states, scatter_places(schedule.log_gate, scan.visual_index, scan.visual, length)
+        if self._phase == "soft":
+            return soft_weight(hidden_states, schedule, scan.visual_index, scan.visual), None
+        return hidden_states, None
+
+    def _gather(self, hidden_states, scan, schedule, keep_index, gate):
+        """The kept tokens' states (B, S', D), and the gates (B, S') or `None`."""
+        if gate is not None:
+            if self.photon.surrogate == "gate":  # 0, with the gradient of the gates
+                gate = gate - gate.detach()
+            return gather_places(hidden_states, keep_index), gather_places(gate, keep_index)
+        return surrogate_gather(
+            hidden_states, schedule, scan.visual_index, scan.visual, keep_index, self.photon, scan.row_weight
+        ), None
+
+    def _gated(self, mask, gate, hidden_states, options):
+        """A layer's mask and options with the gates (B, S) of its keys."""
+        attention = self.config._attn_implementation
+        if attention == GATED_FLASH:
+            return mask, options | {"key_gate": gate}
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"surrogate={self.photon.surrogate!r} adds to attention logits, which {attention} does not take. "
+                f'Train with attn_implementation="sdpa", "eager" or "{GATED_FLASH}", or with another surrogate.'
+            )
+        return gate_mask(mask, gate.to(hidden_states.dtype)), options
+
+    def _touch_scheduler(self):
+        """0, with a gradient of 0 for the scheduler, since a rank without a scan must take part in the reduction."""
+        attention = self.layers[self.scoring_layer].self_attn  # one row of one question token and one visual token
+        keys = self.norm.weight.new_zeros(1, attention.num_key_value_heads, 1, attention.head_dim)
+        queries = keys.new_zeros(1, attention.num_heads, 1, attention.head_dim)
+        real = torch.ones(1, 1, dtype=torch.bool, device=keys.device)
+        inputs = SchedulerInputs(queries, keys, keys, real, real, attention.scaling, deletes=False)
+        return 0.0 * self.scheduler(inputs).keep_prob.sum()

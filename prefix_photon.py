@@ -1,8 +1,9 @@
-"""Prefixes of scans: what many questions on one scan share is computed once.
+"""What is kept of a prompt, so that it need not be computed again: an answer's cache, and prefixes of scans.
 
+- `PhotonCache`: a key-value cache that knows which places of the prompt its layers hold, and what was cut (`Cut`);
 - `ScanPrefix`: the part of a prompt up to its last scan. Visual tokens precede the question, so vision and the layers
   below the cut do not depend on it, and are computed once for all questions;
-- `PrefixDecoder`, `PrefixModel`: what decoder and model have for it.
+- `PrefixModel`: what the model has for it.
 B rows, S places of the prompt, P places of the prefix, T places of text behind it, V visual tokens, D channels, G key
 heads, d head size.
 """
@@ -17,19 +18,77 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from .prompt_photon import (
-    Layout,
-    check_scan,
-    grids_of_volumes,
-    real_places,
-    scheduler_features,
-    visual_places,
-)
+from .prompt_photon import check_scan, features_of_scans, grids_of_volumes, real_places, visual_places
 from .scheduling_photon import gather_places, padded_places
 
 REUSE = ("exact", "select")
 FORMAT = "photon scan prefix 1"
 SCANS = ("pixel_values_videos", "video_grid_thw", "volume_index")
+
+
+# === Caches ==========================================================================================================
+
+
+@dataclass
+class Layout:
+    """Which places of a prompt some layers of a cache hold, where these are not all of them in the prompt's order."""
+
+    mask: torch.Tensor  # (B, K) bool: which of the held places are real
+    dropped: int  # S - K: by how much they are fewer
+    first_layer: int  # holds for this layer and those above
+
+    def attention_mask(self, attention_mask, stored, new):
+        """(B, stored + new) for a layer that holds `stored` places of the prompt and what followed it.
+
+        attention_mask (B, S + ...) of the whole sequence, or `None` where nothing in it is padding.
+        """
+        held = self.mask[:, :stored]  # fewer than it was if candidates of prompt lookup were taken back
+        if attention_mask is None:
+            rest = self.mask.new_ones(held.shape[0], stored + new - held.shape[1])
+        else:
+            rest = attention_mask[:, held.shape[1] + self.dropped : stored + self.dropped + new].bool()
+        return torch.cat([held, rest.to(held.device)], dim=-1)
+
+
+@dataclass
+class Cut(Layout):
+    """What a cache remembers of its cut."""
+
+    keep_mask: torch.Tensor  # (B, V) bool: which visual tokens stayed
+    visual_count: torch.Tensor  # (B,): of how many
+    threshold: torch.Tensor  # (B, 1)
+
+
+def layout_of(cache, layer):
+    """The `Layout` of a cache's layer, or `None` where it holds the whole prompt."""
+    cut = getattr(cache, "cut", None)
+    return cut if cut is not None and layer >= cut.first_layer else getattr(cache, "prompt", None)
+
+
+class PhotonCache(DynamicCache):
+    """A `DynamicCache` whose length is the number of tokens of the conversation, including those cut from it.
+
+    After a prompt with scans `cache.cut` tells which visual tokens stayed; generation returns the cache as
+    `past_key_values` with `return_dict_in_generate=True`.
+    """
+
+    cut: Cut | None = None
+    prompt: Layout | None = None  # of the layers below the cut, after a prompt behind a prefix
+    rope_deltas: torch.Tensor | None = None
+
+    def get_seq_length(self, layer_idx=0):
+        stored, layout = super().get_seq_length(layer_idx), layout_of(self, layer_idx)
+        return stored + layout.dropped if stored and layout else stored
+
+    def get_query_offset(self, layer_idx=0):
+        return super().get_seq_length(layer_idx)
+
+    def reset(self):
+        super().reset()
+        self.cut = self.prompt = self.rope_deltas = None
+
+
+# === Prefixes ========================================================================================================
 
 
 @dataclass
@@ -74,9 +133,9 @@ class ScanPrefix:
     def features(self):
         return {n.removeprefix("features."): t for n, t in self.tensors.items() if n.startswith("features.")}
 
-    def grids_in_turn(self):
-        """(scans of all rows, 3)."""
-        return self.grids[self.grids.any(-1)]
+    @property
+    def video_grid_thw(self):
+        return self.grids[self.grids.any(-1)]  # (scans of all rows, 3)
 
     def to(self, device):
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
@@ -144,11 +203,6 @@ class ScanPrefix:
         order = padded_places(index >= 0)
         return gather_places(hidden_states, order), index.gather(1, order.clamp(min=0)).masked_fill(order < 0, -1)
 
-    def text_places(self, real):
-        """(B, T) the places behind the prefix, -1 for padding; real (B, P + T) bool."""
-        places = torch.arange(self.length, real.shape[1], device=real.device)
-        return places.expand(len(real), -1).masked_fill(~real[:, self.length :], -1)
-
     # --- whether it fits
 
     def places(self, input_ids, real, visual):
@@ -182,12 +236,6 @@ class ScanPrefix:
                     f"Row {row}: pixel_values_videos is not the scan that the prefix was made of, or was processed "
                     "with other settings. Call encode_scan with this scan, or leave pixel_values_videos out."
                 )
-
-    def check_schedule(self, schedule):
-        if self.reuse == "select" and schedule.hidden_states is not None:
-            raise ValueError(
-                'The scheduler merges tokens, but reuse="select" has their keys already. Use reuse="exact".'
-            )
 
     # --- on disk
 
@@ -251,48 +299,7 @@ def model_digest(model):
     return known[1]
 
 
-# === The decoder's and the model's methods ===========================================================================
-
-
-class PrefixDecoder:
-    """What `CutDecoder` has for prefixes of scans."""
-
-    def encode_prefix(self, hidden_states, real, position_ids, visual, reuse):
-        """The tensors of a `ScanPrefix` that the decoder computes.
-
-        Args: hidden_states (N, P, D) embeddings; real, visual (N, P) bool; position_ids (3, N, P); reuse: "exact" or
-            "select".
-        """
-        cut_layer, cache = self.photon.scheduler_layer + 1, DynamicCache(config=self.config)
-
-        def run(layers, states, real, position_ids, first, **score):
-            embeddings = self.rotary_emb(states, position_ids)
-            mask = self._mask(states, real, cache, first, cut=False)
-            for layer in layers:
-                states = layer(
-                    states, attention_mask=mask, position_embeddings=embeddings, past_key_values=cache, **score
-                )
-            return states
-
-        if cut_layer == 0:
-            places = torch.arange(real.shape[1], device=hidden_states.device).expand(real.shape)
-            score = {"score": ({}, {"keys": places}), "score_only": True}
-            score_keys = run(self.layers[:1], hidden_states, real, position_ids, 0, **score)["keys"]
-        else:
-            hidden_states = run(self.layers[:cut_layer], hidden_states, real, position_ids, 0)
-            score_keys = cache.layers[cut_layer - 1].keys
-        lead = padded_places(real & (visual.cumsum(-1) == 0))
-        lead_states, above = gather_places(hidden_states, lead), self.layers[cut_layer:]
-        if reuse == "select":
-            lead_states = gather_places(run(above, hidden_states, real, position_ids, cut_layer), lead)
-        elif lead.shape[1]:
-            positions = torch.stack([gather_places(axis, lead) for axis in position_ids])
-            lead_states = run(above, lead_states, lead >= 0, positions, cut_layer)
-        tensors = {"lead_index": lead, "lead_states": lead_states, "states": hidden_states, "score_keys": score_keys}
-        for i, layer in enumerate(cache.layers):
-            tensors[f"keys.{i}"] = layer.keys if layer.is_initialized else score_keys[:, :, :0]
-            tensors[f"values.{i}"] = layer.values if layer.is_initialized else score_keys[:, :, :0]
-        return tensors
+# === The model's methods =============================================================================================
 
 
 class PrefixModel:
@@ -346,7 +353,7 @@ class PrefixModel:
         tensors |= {"input_ids": ids, "real": index >= 0, "position_ids": position_ids.transpose(0, 1), "grids": grids}
         lists = getattr(encoded, "deepstack_features", None)
         if lists is not None:
-            tensors |= {f"features.{name}": value for name, value in scheduler_features(lists, visual).items()}
+            tensors |= {f"features.{name}": value for name, value in features_of_scans(lists, visual).items()}
         return ScanPrefix(tensors, scans, model_digest(self), reuse)
 
     def load_scan(self, file, processor):
@@ -387,23 +394,20 @@ class PrefixModel:
         """Arguments of `generate` for prompts that begin with a prefix: without their scans, which were compared."""
         inputs = dict(inputs)
         rows = self.prefix_for(input_ids, prefix, *(inputs.pop(name, None) for name in SCANS))
-        kinds = (input_ids == self.config.video_token_id).int() * 2
-        return inputs | {"scan": prefix, "video_grid_thw": rows.grids_in_turn(), "mm_token_type_ids": kinds}
+        inputs["mm_token_type_ids"] = (input_ids == self.config.video_token_id).int() * 2
+        return inputs | {"scan": prefix, "video_grid_thw": rows.video_grid_thw}
 
     def answer_behind(
         self, prefix, visual, schedule, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
         use_cache=None, second_per_grid_ts=None, **kwargs,
     ):  # fmt: skip
-        """What `forward` gives for prompts that begin with a prefix; only their text is computed.
-
-        Args: prefix: `ScanPrefix` of as many rows; visual (B, S) bool; schedule: arguments of the decoder for the cut,
-            its masks (B, S); empty to cut nothing.
-        """
+        """What `forward` gives for prompts that begin with a prefix of as many rows; only their text is computed.
+        visual (B, S) bool; schedule: the decoder's arguments for the cut, masks (B, S); empty for no cut."""
         real = real_places(attention_mask, visual)
         index = prefix.places(input_ids, real, visual)  # (B, P + T)
         if position_ids is None:
             position_ids, self.rope_deltas = self.get_rope_index(
-                input_ids, visual.int() * 2, None, prefix.grids_in_turn(), second_per_grid_ts, attention_mask
+                input_ids, visual.int() * 2, None, prefix.video_grid_thw, second_per_grid_ts, attention_mask
             )
         axes = position_ids.expand(3, -1, -1) if position_ids.ndim == 2 else position_ids[-3:]
         positions = torch.stack([gather_places(axis, index) for axis in axes])  # (3, B, P + T)

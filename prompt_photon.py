@@ -1,7 +1,6 @@
 """Where the parts of a prompt lie: scans, the question, padding; and what is known of each token beside its states.
 
-Masks of the parts, three-axis positions, a key-value cache that knows which places of the prompt it holds
-(`PhotonCache`), and the features that selection methods may ask for.
+Masks of the parts, three-axis positions, and the features that selection methods may ask for.
 
 B rows, S places. Positions have three axes (depth, row, column); text advances all three together.
 """
@@ -13,7 +12,6 @@ from itertools import repeat
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
@@ -235,68 +233,6 @@ class PromptPositions:
         return (position_ids if deltas is None else position_ids + deltas.to(position_ids.device)).expand(3, -1, -1)
 
 
-# === In a cache ======================================================================================================
-
-
-@dataclass
-class Layout:
-    """Which places of a prompt some layers of a cache hold, where these are not all of them in the prompt's order."""
-
-    mask: torch.Tensor  # (B, K) bool: which of the held places are real
-    dropped: int  # S - K: by how much they are fewer
-    first_layer: int  # holds for this layer and those above
-
-    def attention_mask(self, attention_mask, stored, new):
-        """(B, stored + new) for a layer that holds `stored` places of the prompt and what followed it.
-
-        attention_mask (B, S + ...) of the whole sequence, or `None` where nothing in it is padding.
-        """
-        held = self.mask[:, :stored]  # fewer than it was if candidates of prompt lookup were taken back
-        if attention_mask is None:
-            rest = self.mask.new_ones(held.shape[0], stored + new - held.shape[1])
-        else:
-            rest = attention_mask[:, held.shape[1] + self.dropped : stored + self.dropped + new].bool()
-        return torch.cat([held, rest.to(held.device)], dim=-1)
-
-
-@dataclass
-class Cut(Layout):
-    """What a cache remembers of its cut."""
-
-    keep_mask: torch.Tensor  # (B, V) bool: which visual tokens stayed
-    visual_count: torch.Tensor  # (B,): of how many
-    threshold: torch.Tensor  # (B, 1)
-
-
-def layout_of(cache, layer):
-    """The `Layout` of a cache's layer, or `None` where it holds the whole prompt."""
-    cut = getattr(cache, "cut", None)
-    return cut if cut is not None and layer >= cut.first_layer else getattr(cache, "prompt", None)
-
-
-class PhotonCache(DynamicCache):
-    """A `DynamicCache` whose length is the number of tokens of the conversation, including those cut from it.
-
-    After a prompt with scans `cache.cut` tells which visual tokens stayed; generation returns the cache as
-    `past_key_values` with `return_dict_in_generate=True`.
-    """
-
-    cut: Cut | None = None
-    prompt: Layout | None = None  # of the layers below the cut, after a prompt behind a prefix
-    rope_deltas: torch.Tensor | None = None
-
-    def get_seq_length(self, layer_idx=0):
-        stored, layout = super().get_seq_length(layer_idx), layout_of(self, layer_idx)
-        return stored + layout.dropped if stored and layout else stored
-
-    def get_query_offset(self, layer_idx=0):
-        return super().get_seq_length(layer_idx)
-
-    def reset(self):
-        super().reset()
-        self.cut = self.prompt = self.rope_deltas = None
-
-
 # === Features for selection methods ==================================================================================
 
 
@@ -346,7 +282,7 @@ def grid_coordinates(grid, merge):
     return torch.cartesian_prod(*axes).view(-1, 3)
 
 
-def scheduler_features(lists, visual_mask):
+def features_of_scans(lists, visual_mask):
     """Features of the tokens of P scans, a list of P tensors (tokens, ...) each, as (B, V, ...) of `SchedulerInputs`.
 
     Args: lists: coordinates (tokens, 3), and with the vision tower's attention also its two tensors; visual_mask
@@ -398,6 +334,32 @@ def row_numbers(input_ids, visual_mask, last_index):
     return torch.tensor(numbers, device=input_ids.device)
 
 
+class PromptFeatures:
+    """What `PhotonModel` has for selection methods."""
+
+    def scheduler_features(self, input_ids, visual, question_mask, mm_encoder_outputs, scan):
+        """What the scheduler needs beside the scoring layer, by the names of `SchedulerInputs`; (B, V, ...) each."""
+        needs, features = self.language_model.scheduler.needs, {}
+        if needs & {"vision", "coordinates"}:
+            lists = getattr((mm_encoder_outputs or {}).get("video"), "deepstack_features", None)
+            if scan is not None and scan.features:
+                features = dict(scan.features)
+            elif lists is None:
+                raise ValueError(
+                    "The scheduler needs the scan's grid or the vision tower's attention, but the encoded scan does "
+                    "not carry them. Encode it with get_video_features or encode_scan after set_scheduler, and pass "
+                    "the whole output."
+                )
+            else:
+                features = features_of_scans(lists, visual)
+        if needs & {"row_number", "sequence"}:
+            if input_ids is None:
+                raise ValueError("The scheduler needs the prompt's words; pass input_ids, not inputs_embeds.")
+            features["last_index"] = last_of_prompt(input_ids, question_mask, self.config)
+            features["row_number"] = row_numbers(input_ids, visual, features["last_index"])
+        return features
+
+
 @contextmanager
 def record_attention(visual, grids, active=True):
     """Records the attention that tokens receive in the vision tower's last full-attention block, while it runs.
@@ -436,3 +398,37 @@ def record_attention(visual, grids, active=True):
         yield recorded
     finally:
         handle.remove()
+
+
+# === Vision in parts =================================================================================================
+
+
+def encode_in_parts(encode, patches, grids, limit):
+    """The vision tower's output for volumes, of which it gets at most about `limit` patches at a time.
+
+    It attends within one depth slab only, so that parts of whole slabs give the same output and gradients, and need
+    less memory: a block's intermediate results are held for one part.
+
+    Args: encode: (patches, grids) -> output with `pooler_output`, a list of one tensor a volume; patches (N, voxels);
+        grids (volumes, 3).
+    """
+    pieces = []  # (volume, slabs of it, h, w)
+    for volume, (t, h, w) in enumerate(grids.tolist()):
+        step = max(1, limit // (h * w))
+        pieces += [(volume, min(step, t - first), h, w) for first in range(0, t, step)]
+    parts, held = [[]], 0
+    for piece in pieces:
+        size = piece[1] * piece[2] * piece[3]
+        if parts[-1] and held + size > limit:
+            parts, held = [*parts, []], 0
+        parts[-1].append(piece)
+        held += size
+    states, pooled, begin = [], [[] for _ in grids], 0
+    for part in parts:
+        end = begin + sum(slabs * h * w for _, slabs, h, w in part)
+        output = encode(patches[begin:end], grids.new_tensor([piece[1:] for piece in part]))
+        states.append(output.last_hidden_state)
+        for (volume, *_), tokens in zip(part, output.pooler_output, strict=True):
+            pooled[volume].append(tokens)
+        begin = end
+    return BaseModelOutputWithPooling(torch.cat(states), [torch.cat(tokens) for tokens in pooled])

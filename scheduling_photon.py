@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ATTENTION_EPS = 1e-9  # added to attention before its logarithm
 NOTHING = torch.finfo(torch.float32).tiny  # a gate so small that the key has no weight beside others
@@ -179,15 +180,17 @@ def saliency_attention(query, key, weights, question, visual, scaling):
     The weights are made to add up to 1 (evenly where no question token attends to another), so that the result is a
     distribution over the visual tokens. question (B, Q), visual (B, V) bool: real tokens. Returns: (B, V).
     """
-    batch, heads, _, size = query.shape
-    groups = key.shape[1]
+    heads, groups = query.shape[1], key.shape[1]
     total, even = weights.sum(-1, keepdim=True), question / question.sum(-1, keepdim=True).clamp(min=1)
     weights = torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), even)
-    attention = key.new_zeros(batch, key.shape[2])
-    for head, part in enumerate(query.unbind(1)):  # one head at a time: (B, Q, V) is the largest tensor
-        logits = torch.einsum("bqd,bvd->bqv", part, key[:, head * groups // heads]) * scaling
+
+    def of_head(head):
+        logits = torch.einsum("bqd,bvd->bqv", query[:, head], key[:, head * groups // heads]) * scaling
         logits = logits.masked_fill(~visual[:, None], torch.finfo(logits.dtype).min)
-        attention += torch.einsum("bqv,bq->bv", logits.softmax(-1), weights)
+        return torch.einsum("bqv,bq->bv", logits.softmax(-1), weights)
+
+    # one head at a time, and again on the way back: (B, Q, V) is the largest tensor
+    attention = sum(checkpoint(of_head, head, use_reentrant=False, preserve_rng_state=False) for head in range(heads))
     return attention / heads * visual
 
 
