@@ -30,12 +30,16 @@ test-app: .venv/app-dev photon/app/node_modules  ## test the page in a browser, 
 	(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
 	.venv/bin/python -m pytest -q tests/app
 
+docs: .venv/docs  ## the documentation as a site, in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 lint: .venv/dev  ## check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 clean:  ## remove .venv and what the demo wrote
-	rm -rf .venv demo photon/app/node_modules
+	rm -rf .venv demo build photon/app/node_modules
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
@@ -55,7 +59,11 @@ clean:  ## remove .venv and what the demo wrote
 	$(PIP) -r requirements-app.txt -r requirements-serve.txt
 	@touch $@
 
-.venv/app-dev: .venv/app .venv/dev
+.venv/docs: .venv/torch requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
+	@touch $@
+
+.venv/app-dev: .venv/app .venv/dev .venv/docs
 	$(PIP) openai playwright "ray[serve]"
 	@touch $@
 
@@ -63,4 +71,4 @@ photon/app/node_modules: photon/app/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix photon/app --ignore-scripts --omit=optional --silent; \
 	else echo "npm is not here, so the page has no 3D view"; fi
 
-.PHONY: help demo app serve test test-app lint clean
+.PHONY: help demo app serve test test-app docs lint clean
