@@ -242,7 +242,7 @@ class ScanPrefix:
     def save(self, file, processor):
         """Writes a safetensors file that `model.load_scan` reads. processor: which made the scan's patches."""
         about = {"format": FORMAT, "model": self.model, "reuse": self.reuse, "scans": self.scans}
-        about["processor"] = processor_digest(processor)
+        about["processor"] = digest_of(processor.image_processor.settings)
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in self.tensors.items()}
         save_file(tensors, file, metadata={"prefix": json.dumps(about)})
 
@@ -258,14 +258,8 @@ def digest_of(*parts):
     return digest.hexdigest()
 
 
-def processor_digest(processor):
-    """Of the settings by which a processor turns scans into patches."""
-    return digest_of(processor.image_processor.settings)
-
-
 def scan_digests(patches, grids, volume_index, counts):
-    """One digest for each prompt, of `counts` scans each. patches (N, voxels), in any floating type; grids of the
-    places (P, 3); volume_index (P,) or `None`."""
+    """One digest for each prompt, of `counts` scans each. patches (N, voxels); grids of the places (P, 3)."""
     volumes = grids if volume_index is None else grids_of_volumes(grids, volume_index)
     rounded = patches.detach().to(torch.bfloat16).view(torch.int16).cpu()  # whatever type it was passed in
     parts = [digest_of(part.numpy().tobytes()) for part in rounded.split(volumes.prod(-1).tolist())]
@@ -275,27 +269,31 @@ def scan_digests(patches, grids, volume_index, counts):
     return [digest_of([[parts[i], grid] for i, grid in row]) for row in rows]
 
 
-def model_digest(model):
-    """Of the weights of vision tower and decoder, and of the settings that decide what a prefix holds.
+def digest_of_weights(module):
+    """What changes with a module's weights, as JSON takes it: the sum of each tensor's bits, and a few in full, which
+    takes a second for billions. Weights that are offloaded to disk count by shape alone."""
+    parts = []
+    for name, weights in module.named_parameters():
+        parts.append([name, list(weights.shape), weights.dtype])
+        if not weights.is_meta:
+            raw = weights.detach().contiguous().flatten().view(torch.uint8)
+            whole = len(raw) // 8 * 8
+            bits = raw[:whole].clone().view(torch.int64) if raw.storage_offset() else raw[:whole].view(torch.int64)
+            parts += [int(bits.sum()), bits[:: max(1, len(bits) // 64)].tolist(), raw[whole:].tolist()]
+    return parts
 
-    Of each tensor's bits the sum and a few in full, so that billions take a second. Weights that are offloaded to
-    disk count by shape alone. The digest is kept with the model, and made again after the weights have changed.
-    """
-    named = [(n, p) for n, p in model.named_parameters() if ".scheduler." not in n]  # which is the question's business
-    state = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for _, p in named)
+
+def model_digest(model):
+    """Of the weights of vision tower and decoder, and of the settings that decide what a prefix holds. It is kept with
+    the model, and made again after the weights have changed."""
+    modules = [model.visual, model.language_model.embed_tokens, model.language_model.layers]  # not the scheduler
+    weights = (weight for module in modules for weight in module.parameters())
+    state = [(weight.data_ptr(), weight.dtype, weight.is_inference() or weight._version) for weight in weights]
     known = getattr(model, "_prefix_digest", None)
     if known is None or known[0] != state:
-        config = model.config
-        towers = [part.to_dict() | {"dtype": None} for part in (config.vision_config, config.text_config)]
-        parts = [*towers, config.scheduler_layer, config.second_per_grid_ts]
-        for name, weights in named:
-            parts.append([name, list(weights.shape), weights.dtype])
-            if not weights.is_meta:
-                raw = weights.detach().contiguous().flatten().view(torch.uint8)
-                whole = len(raw) // 8 * 8
-                bits = raw[:whole].clone().view(torch.int64) if raw.storage_offset() else raw[:whole].view(torch.int64)
-                parts += [int(bits.sum()), bits[:: max(1, len(bits) // 64)].tolist(), raw[whole:].tolist()]
-        model._prefix_digest = known = (state, digest_of(*parts))
+        towers = [part.to_dict() | {"dtype": None} for part in (model.config.vision_config, model.config.text_config)]
+        fields = [model.config.scheduler_layer, model.config.second_per_grid_ts]
+        model._prefix_digest = known = state, digest_of(*towers, *fields, *map(digest_of_weights, modules))
     return known[1]
 
 
@@ -365,7 +363,8 @@ class PrefixModel:
             about = json.loads((entry.metadata() or {}).get("prefix", "{}"))
             if about.pop("format", None) != FORMAT:
                 raise ValueError("The file is no prefix of this version; expected one of ScanPrefix.save.")
-            for name, digest in (("model", model_digest(self)), ("processor", processor_digest(processor))):
+            now = {"model": model_digest(self), "processor": digest_of(processor.image_processor.settings)}
+            for name, digest in now.items():
                 if about[name] != digest:
                     raise ValueError(
                         f"The prefix was made with another {name}: its weights or settings differ. Call encode_scan "

@@ -142,7 +142,7 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
     def prepare(self, volume, store=None):
         """One scan, or a dict of it with reading options, to patches (N, patch_size^3) and geometry; with a
         `VolumeStore`, read from it or written to it."""
-        source, options = _source(volume)
+        source, options = source_and_options(volume)
         key = None if store is None else store.key(source, options)
         found = None if key is None else store.load(key)
         if found is not None:
@@ -175,7 +175,7 @@ class PhotonVolumeProcessor(ImageProcessingMixin):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["scans"])
 
 
-def _source(volume):
+def source_and_options(volume):
     """A scan and its reading options, from a content part or from the scan itself."""
     if not isinstance(volume, dict):
         return volume, {}
@@ -259,7 +259,7 @@ class PhotonProcessor(ProcessorMixin):
                 )
         fields = {name: kwargs.pop(name) for name in PhotonVolumeKwargs.__annotations__ if name in kwargs}
         cache_dir = kwargs.pop("cache_dir", None)
-        distinct, index = _distinct(flat) if kwargs.pop("share_volumes", False) else (flat, None)
+        distinct, index = distinct_volumes(flat) if kwargs.pop("share_volumes", False) else (flat, None)
         processed = self.image_processor(distinct, cache_dir=cache_dir, **fields) if flat else None
         if processed is not None and index is not None:
             processed["volume_index"] = np.array(index)
@@ -361,7 +361,7 @@ def scan_name(value):
     return id(value)
 
 
-def _distinct(volumes):
+def distinct_volumes(volumes):
     """Volumes without repetition, and each one's place among them."""
     places = {}
     index = [places.setdefault(scan_name(volume), len(places)) for volume in volumes]

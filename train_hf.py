@@ -22,6 +22,7 @@ from photon.training.arguments import parse
 from photon.training.batches import Collator
 from photon.training.data import check_files, check_rows, load_rows
 from photon.training.losses import loss_weights, used_losses
+from photon.training.memory import FeatureCache
 from photon.training.parts import trained_counts, trained_model
 from photon.training.run import check_checkpoint, claim_folder, run_settings
 from photon.training.saving import push, save_result
@@ -85,19 +86,25 @@ def train(argv, train_data=None, eval_data=None):
         check_checkpoint(model, checkpoint)
 
     # --- Train
+    features = None
+    if data_args.cache_features:
+        if model_args.stage == "tune" and model.config.robust_probability:
+            raise ValueError("--cache-features cannot keep perturbed scans: set --photon robust_probability=0.")
+        features = FeatureCache(Path(data_args.cache_dir) / "features", processor, model)
     collator = {"processor": processor, "max_length": data_args.max_length, "cache_dir": data_args.cache_dir}
     trainer = PhotonTrainer(
         model=model,
         args=args,
         train_dataset=rows,
         eval_dataset=evaluation,
-        data_collator=Collator(**collator, losses=losses),
+        data_collator=Collator(**collator, losses=losses, features=features),
         processing_class=processor,
         stage=model_args.stage,
         prompt_collator=Collator(**collator, answers=False),
         max_new_tokens=data_args.eval_max_new_tokens,
         losses=losses,
         without_decoder=without_decoder,
+        features=features,
     )
     if trainer.is_world_process_zero():
         counts = ", ".join(f"{group} {count:,}" for group, count in trained_counts(model).items())

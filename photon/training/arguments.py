@@ -61,6 +61,7 @@ class DataArguments:
     eval_split: str | None = option(None, "of a set with several; default train")
     volume_root: str | None = option(None, "folder of the scans; default that of the .jsonl file")
     cache_dir: str | None = option(None, "keep preprocessed scans here, in float16")
+    cache_features: bool = option(False, "keep a frozen vision tower's output in --cache-dir, and read no scan again")
     max_length: int = option(2048, "longest row in tokens; longer ones are refused, not cut")
     eval_rows: int | None = option(None, "evaluate on this many rows, drawn by the seed; default all")
     eval_max_new_tokens: int = option(32, "longest answer in evaluation")
@@ -80,6 +81,8 @@ class PhotonTrainingArguments(TrainingArguments):
     )
     questions_together: int = option(1, "how many questions on one scan follow one another; a batch encodes it once")
     pack_questions: bool = option(False, "questions of a batch on one scan share a row; only with --stage dense")
+    vision_checkpointing: bool = option(True, "the vision tower makes its activations again on the way back")
+    vision_patches: int = option(2000, "patches that the vision tower takes at a time, alike in result; 0: all")
     vision_learning_rate: float | None = option(None, "default learning_rate")
     aligner_learning_rate: float | None = option(None, "of the merger; default learning_rate")
     scheduler_learning_rate: float | None = option(None, "default learning_rate")
@@ -166,6 +169,7 @@ def contradictions(model_args, data_args, loss_args, args):
         f"--optim {args.optim.value} has no part beside --muon-learning-rate, which brings AdamW. Choose one.": (
             args.muon_learning_rate is not None and args.optim != TrainingArguments.optim
         ),
+        "--cache-features needs --cache-dir.": data_args.cache_features and data_args.cache_dir is None,
         "--merge-lora needs --lora.": model_args.merge_lora is not None and not model_args.lora,
         "--load-in-4bit needs --lora: weights of 4 bits cannot be trained.": (
             model_args.load_in_4bit and not model_args.lora

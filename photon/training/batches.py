@@ -12,6 +12,7 @@ import random
 import torch
 from torch.utils.data import Sampler
 
+from photon.processing_photon import distinct_volumes
 from photon.rows import RowError
 
 
@@ -136,13 +137,16 @@ class ChatCollator:
 
     def _encode(self, rows):
         chats = [self._chat(row) for row in rows]
+        return self._prompts(chats, cache_dir=self.cache_dir, share_volumes=True)
+
+    def _prompts(self, chats, **options):
         batch = self.processor.apply_chat_template(
             chats,
             add_generation_prompt=not self.answers,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "cache_dir": self.cache_dir, "share_volumes": True},
+            processor_kwargs={"padding": True, **options},
         )
         if self.answers:
             batch["assistant_masks"] = self._assistant_masks(chats, batch)
@@ -187,12 +191,15 @@ class Collator(ChatCollator):
     - `example` (B,): number of each row in the data set;
     - `targets`, with `losses`: a dict of what they need of the rows (see `Loss.add_targets`).
 
-    Args: losses: those that need targets from the rows, a list of `Loss`.
+    - `features`, with a cache of them: what it has of the batch's scans, see `FeatureCache.encoded`.
+
+    Args: losses: those that need targets from the rows, a list of `Loss`; features: a `FeatureCache`, whose scans are
+        not read.
     """
 
-    def __init__(self, processor, max_length, cache_dir=None, answers=True, losses=()):
+    def __init__(self, processor, max_length, cache_dir=None, answers=True, losses=(), features=None):
         super().__init__(processor, max_length, cache_dir, answers)
-        self.losses = losses
+        self.losses, self.features = losses, features
 
     def _batch(self, rows):
         batch = super()._batch(rows)
@@ -203,4 +210,33 @@ class Collator(ChatCollator):
             loss.add_targets(rows, batch, targets)
         if targets:
             batch["targets"] = targets
+        return batch
+
+    def _encode(self, rows):
+        chats = [self._chat(row) for row in rows]
+        places = [
+            part for chat in chats for message in chat for part in message["content"] if part["type"] == "volume"
+        ]
+        if self.features is None or not places:
+            return super()._encode(rows)
+        scans = [{name: value for name, value in place.items() if name != "type"} for place in places]
+        distinct, index = distinct_volumes(scans)
+        keys, tokens, grids = map(list, zip(*map(self.features.load, distinct), strict=True))
+        missing = [number for number, grid in enumerate(grids) if grid is None]
+        read = {}
+        if missing:
+            read = self.processor.image_processor(
+                [distinct[number] for number in missing], return_tensors="pt", cache_dir=self.cache_dir
+            )
+            for number, grid in zip(missing, read["video_grid_thw"], strict=True):
+                grids[number] = grid
+        for place in places:
+            place.clear()
+            place["type"] = "volume"
+        grids = torch.stack(grids)
+        batch = self._prompts(chats, video_grid_thw=grids[index])
+        batch["volume_index"] = torch.tensor(index)
+        batch["features"] = {"keys": keys, "tokens": tokens, "grids": grids}
+        if missing:
+            batch["pixel_values_videos"] = read["pixel_values_videos"]
         return batch

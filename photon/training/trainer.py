@@ -38,17 +38,19 @@ class PhotonTrainer(Trainer):
         losses: list of `Loss`, beside the model's own. The module of one becomes a part of the model, so that
             wrapping, sharding and checkpoints include it.
         without_decoder: train the vision tower by those losses alone; the decoder is left out.
+        features: `FeatureCache` of the collator, or `None`.
     """
 
     def __init__(
-        self, model, *args, stage, prompt_collator, max_new_tokens, losses=(), without_decoder=False, **kwargs
-    ):
+        self, model, *args, stage, prompt_collator, max_new_tokens, losses=(), without_decoder=False, features=None,
+        **kwargs,
+    ):  # fmt: skip
         for loss in losses:
             if loss.module is not None:
                 model.add_module(loss.module_name, loss.module)
         super().__init__(model, *args, **kwargs)
         self.stage, self.prompt_collator, self.max_new_tokens = stage, prompt_collator, max_new_tokens
-        self.losses, self.without_decoder = list(losses), without_decoder
+        self.losses, self.without_decoder, self.features = list(losses), without_decoder, features
         volumes = self.processing_class.image_processor
         self.empty, self.full = -volumes.mean / volumes.std, (1 - volumes.mean) / volumes.std
         self.loss_names = ["lm_loss", "band_loss", *(loss.name for loss in self.losses)]
@@ -117,7 +119,10 @@ class PhotonTrainer(Trainer):
             self.sums.add(tokens=tokens, peak_gib=peak_memory(self.args.device))
         else:
             packed = self.packed(model, inputs, volume_count) if self.args.pack_questions else inputs
-            outputs = model(**packed, num_items_in_batch=items)
+            if "features" in packed:
+                packed = self.features.encoded(self.accelerator.unwrap_model(model), packed)
+            skip = model.training and not any(loss.needs_logits for loss in self.losses)
+            outputs = model(**packed, num_items_in_batch=items, skip_logits=skip)
             loss = outputs["loss"]
             self.note(inputs, outputs, objectives)
         if model.training:
@@ -140,7 +145,9 @@ class PhotonTrainer(Trainer):
         objectives, perturbations = draw_rows(photon.config, seed, step, examples, volume_count, flips)
         inputs["objective"] = torch.tensor(objectives, device=inputs["input_ids"].device)
         clean = []
-        if "pixel_values_videos" in inputs:
+        if "features" in inputs:  # nothing is perturbed
+            clean = list(range(len(inputs["features"]["tokens"])))
+        elif "pixel_values_videos" in inputs:
             inputs["pixel_values_videos"], inputs["volume_index"], clean = perturb_rows(
                 inputs["pixel_values_videos"],
                 inputs["video_grid_thw"],

@@ -14,7 +14,8 @@ class LossBatch:
     Args:
         inputs: arguments of the model: `labels` (B, S), `volume_index` (P,), `video_grid_thw` (P, 3), ...; the last
             two are absent where no row has a scan.
-        outputs: of the model: `keep_prob` (B, V), `visual_count` (B,), `logits`, ...; `None` without the decoder.
+        outputs: of the model: `keep_prob` (B, V), `visual_count` (B,), ...; `logits` where a loss needs them; `None`
+            without the decoder.
         targets: what the losses' `add_targets` took from the rows.
         objectives: list of B `Objective`.
         volume_count: list of B ints, the scans of each row.
@@ -54,12 +55,13 @@ class Loss:
         Arguments: dataclass of its arguments, which become options of `train_hf.py`.
         columns: {name: feature of `datasets`} of the rows that it needs beyond those that every row has.
         needs_label_maps: whether each scan must have a label map (`labels` in its row).
+        needs_logits: whether it looks at the outputs' `logits`, which are left out otherwise.
         needs_decoder: False for a loss that needs only the vision tower (`--token-labels-alone`).
     """
 
     name = weight = Arguments = None
     columns = {}
-    needs_label_maps, needs_decoder = False, True
+    needs_label_maps, needs_logits, needs_decoder = False, False, True
     module = None  # an `nn.Module` that learns with the model, under the name `module_name`, and is not saved with it
     module_name = None
 
