@@ -6,6 +6,8 @@ import shutil
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
@@ -388,3 +390,19 @@ def test_a_token_is_made_where_none_is_given(tmp_path):
         assert client_of(server, token).models.list().data[0].id == "photon"
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
         assert json.loads(httpx.get(f"{server.url}/v1/models").text)["error"]["code"] == "no_token"
+
+
+def test_the_load_test(tmp_path):
+    """Its short form: every kind of request gets what it deserves, and nothing is left."""
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "serving.py"),
+        "--preset",
+        "smoke",
+        "--json",
+        str(tmp_path / "a"),
+    ]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "a").read_text())
+    assert result["ratios"]["wrong_replies"] == 0 and result["ratios"]["memory_end_over_first_quarter"] < 1.2
