@@ -34,6 +34,9 @@ docs: .venv/docs  ## the documentation as a site, in build/site; a broken link i
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
+real-size: .venv/dev  ## a random 3B model: converted, asked, one LoRA step; memory and seconds (16 GB of disk, minutes)
+	.venv/bin/python benchmarks/real_size.py --preset 3b --json benchmarks/results/real_size_3b.json
+
 lint: .venv/dev  ## check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -71,4 +74,4 @@ photon/app/node_modules: photon/app/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix photon/app --ignore-scripts --omit=optional --silent; \
 	else echo "npm is not here, so the page has no 3D view"; fi
 
-.PHONY: help demo app serve test test-app docs lint clean
+.PHONY: real-size help demo app serve test test-app docs lint clean
