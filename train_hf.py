@@ -14,19 +14,21 @@ with `--lora` the adapters are merged into it, and lie alone in OUTPUT_DIR/adapt
 import sys
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-from transformers import set_seed
+from photon.console import named_requirements, one_line_faults
 
-from photon.console import one_line_faults
-from photon.training.arguments import parse
-from photon.training.batches import Collator
-from photon.training.data import check_files, check_rows, load_rows
-from photon.training.losses import loss_weights, used_losses
-from photon.training.memory import FeatureCache
-from photon.training.parts import trained_counts, trained_model
-from photon.training.run import check_checkpoint, claim_folder, run_settings
-from photon.training.saving import push, save_result
-from photon.training.trainer import PhotonTrainer
+with named_requirements("requirements-train.txt"):
+    from accelerate.utils import broadcast_object_list
+    from transformers import set_seed
+
+    from photon.training.arguments import parse
+    from photon.training.batches import Collator
+    from photon.training.data import check_files, check_rows, load_rows
+    from photon.training.losses import loss_weights, used_losses
+    from photon.training.memory import FeatureCache
+    from photon.training.parts import trained_counts, trained_model
+    from photon.training.run import check_checkpoint, claim_folder, run_settings
+    from photon.training.saving import push, save_result
+    from photon.training.trainer import PhotonTrainer
 
 
 def load_data(data_args, args, processor, losses, without_decoder=False):

@@ -18,6 +18,15 @@ def print_warning(message, *where):
 
 
 @contextmanager
+def named_requirements(file):
+    """Around a command's imports: a missing package becomes one line that names the requirements to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise _exit(f"{error.name} is missing: pip install -r {file} -c constraints.txt") from None
+
+
+@contextmanager
 def one_line_faults(out_of_memory="Out of memory.", interrupted="Stopped."):
     """Turns a fault of the input or of the machine into one line and exit code 2, around a command's body.
 

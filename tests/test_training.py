@@ -883,6 +883,15 @@ def test_mistakes_give_one_line(arguments, tmp_path, data, capsys, monkeypatch):
     assert "Run the same command again with --resume" in refusal(arguments("stopped"), code=130)
 
 
+def test_a_missing_package_is_named_with_the_line_to_install_it(tmp_path):
+    (tmp_path / "datasets.py").write_text("raise ModuleNotFoundError('No module', name='datasets')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "train_hf.py"), "--help"]
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "datasets is missing: pip install -r requirements-train.txt -c constraints.txt"
+
+
 def test_help_shows_ours_first(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
