@@ -69,7 +69,7 @@ def test_commands_and_their_options_exist(file):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = {target for page in PAGES.values() for target in re.findall(r"(?:`|^)make ([a-z]+)", page, re.M)}
+    targets = {target for page in PAGES.values() for target in re.findall(r"(?:`|^)make ([a-z-]+)", page, re.M)}
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), target
