@@ -15,7 +15,6 @@ The release does it in six steps and two interpolations (orient to RAI, resample
 resize, flip). Together they are one affine map, so here they are one interpolation, from the scan's voxels.
 """
 
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -123,7 +122,8 @@ def _interpolate_with(slabs: SlabInterpolation):
 
     def progress(image, slices: int) -> None:
         last = slices == image.GetSize()[2]
-        slabs.advance(image, slices, threads=None if last else max(1, (os.cpu_count() or 2) - 1))
+        cores = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+        slabs.advance(image, slices, threads=None if last else max(1, cores - 1))
 
     return progress
 
