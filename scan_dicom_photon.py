@@ -28,7 +28,7 @@ from .scan_files_photon import (
     rle_is_consistent,
 )
 from .scan_grid_photon import Geometry, interpolate_slices
-from .scan_stack_photon import FRAME_TAGS, Slice, one_frame, place_stack, slices_of
+from .scan_stack_photon import FRAME_TAGS, Slice, number_of, one_frame, place_stack, slices_of
 
 try:
     import pydicom
@@ -209,7 +209,7 @@ def _choose_series(headers: list, series, findings: Findings) -> list:
         key = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID", "Modality")
         key = tuple(str(dataset.get(k, "") or "") for k in key)
         groups[(*key, "LOCALIZER" in str(dataset.get("ImageType")).upper())].append((file, dataset))
-    ordered = sorted(groups.items(), key=lambda item: (_number(item[1][0][1].get("SeriesNumber")), item[0]))
+    ordered = sorted(groups.items(), key=lambda item: (number_of(item[1][0][1].get("SeriesNumber")), item[0]))
     if series is not None:
         return _named_series(ordered, series)
     volumes = [group for key, group in ordered if _is_volume(key, group)]
@@ -247,15 +247,8 @@ def _listing(ordered: list) -> str:
     return "; ".join(lines)
 
 
-def _number(value) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("inf")
-
-
 def _frames(group: list) -> int:
-    return sum(int(_number(d.get("NumberOfFrames") or 1)) for _, d in group)
+    return sum(int(number_of(d.get("NumberOfFrames") or 1)) for _, d in group)
 
 
 def _is_volume(key: tuple, group: list) -> bool:
@@ -264,8 +257,7 @@ def _is_volume(key: tuple, group: list) -> bool:
 
 
 def _is_aside(key: tuple, group: list) -> bool:
-    """Whether a group may be left out: a localiser, a screenshot, a mask or a dose. Any other lone slice may belong to
-    the series, with a damaged tag."""
+    """Whether a group may be left out. Any other lone slice may belong to the series, with a damaged tag."""
     capture = str(group[0][1].get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
     return key[5] or key[4] in NO_SCANS or capture
 
@@ -370,6 +362,7 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian  # as `_header` found
         syntax = dataset.file_meta.TransferSyntaxUID
         top = -1 if int(dataset.PixelRepresentation) else 2 ** int(dataset.BitsStored) - 1
+        _check_end(path, dataset)
         plugins = _plugins(syntax)
         if not syntax.is_compressed or plugins and syntax not in GDCM_FIRST:
             array = pixel_array(dataset, raw=True, decoding_plugin="pylibjpeg" if "pylibjpeg" in plugins else "")
@@ -382,6 +375,18 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
         raise
     except DECODE_ERRORS:
         raise damaged("the voxels of a slice cannot be decoded") from None
+
+
+def _check_end(path: Path, dataset) -> None:
+    """Refuses bytes after raw voxels that are no padding: inserted bytes shift the voxels behind them."""
+    element = dataset.get_item(0x7FE00010)  # raw, as long as nobody asked for its value
+    begin = getattr(element, "value_tell", None)
+    if begin is None or element.length == 0xFFFFFFFF or {0xFFFCFFFC, 0xFFFAFFFA} & set(dataset.keys()):
+        return
+    with open(path, "rb") as stream:
+        stream.seek(begin + element.length)
+        if any(stream.read(1 << 16)):
+            raise damaged("bytes follow the voxels of a slice, which may be shifted")
 
 
 def _plugins(syntax) -> tuple:

@@ -124,7 +124,7 @@ def _slice(file: Path, frame: int | None, dataset, groups=()) -> Slice:
     values = {name: get(name) if get(name) is not None else dataset.get(name) for name in names}
     values["DiffusionBValue"] = _b_value(dataset) if values["DiffusionBValue"] is None else values["DiffusionBValue"]
     tags = {
-        name: str(value) if name in TEXT_TAGS else _number(value)
+        name: str(value) if name in TEXT_TAGS else number_of(value)
         for name, value in values.items()
         if value is not None
     }
@@ -135,7 +135,8 @@ def _slice(file: Path, frame: int | None, dataset, groups=()) -> Slice:
     )  # fmt: skip
 
 
-def _number(value) -> float:
+def number_of(value) -> float:
+    """A value of a tag as a number, inf where it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -152,7 +153,7 @@ def _b_value(dataset):
             value = dataset[tag].value
             value = value.decode("ascii", "replace").strip("\0 ") if isinstance(value, bytes) else value
             value = str(value).split("\\")[0] if isinstance(value, str) else np.atleast_1d(value)[0]
-            return _number(value) % 1e9  # GE adds a flag of 1e9
+            return number_of(value) % 1e9  # GE adds a flag of 1e9
     return None
 
 
