@@ -104,12 +104,12 @@ def test_the_command_reads_all_and_fills_the_cache_of_training(data, tmp_path, c
     np.testing.assert_allclose(kept, fresh, atol=5e-4)
     # nothing of the patient in what is reported
     html = page.read_text("utf-8")
-    records = "".join(file.read_text() for file in cache.glob("audit-*/records-*.jsonl"))
+    records = "".join(file.read_text("utf-8") for file in cache.glob("audit-*/records-*.jsonl"))
     for text in (html, out.out, out.err, records):
         assert SECRET not in text and "Zzyzx" not in text and str(tmp_path) not in text
     assert html.count("data:image/png;base64") == 4 and "MISSING_SLICES" in html  # three thumbnails, one figure
     (mapped,) = cache.glob("audit-*/scans.jsonl")
-    ids = {json.loads(line)["path"]: json.loads(line)["id"] for line in mapped.read_text().splitlines()}
+    ids = {json.loads(line)["path"]: json.loads(line)["id"] for line in mapped.read_text("utf-8").splitlines()}
     assert lines["MISSING_SLICES"].startswith(ids[str(data / "gap")])
     # again: there is nothing to do
     prepare_hf.main(["--data", str(data), "--cache-dir", str(cache), "--workers", "2"])
@@ -165,18 +165,20 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
                "--workers", "1"]  # fmt: skip
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         for _ in range(2400):
-            lines = [line for file in cache.glob("audit-*/records-*.jsonl") for line in file.read_text().splitlines()]
+            lines = [
+                line for file in cache.glob("audit-*/records-*.jsonl") for line in file.read_text("utf-8").splitlines()
+            ]
             if len(lines) > 5 or process.poll() is not None:
                 break
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     (file,) = cache.glob("audit-*/records-*.jsonl")
-    file.write_text(file.read_text()[:-20])  # and the last line is half
-    before = file.read_text().splitlines()[:-1]
+    file.write_text(file.read_text("utf-8")[:-20])  # and the last line is half
+    before = file.read_text("utf-8").splitlines()[:-1]
     assert 5 <= len(before) < 36
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and "36 scans: 33 read, 3 refused" in done.stdout, done.stderr[-2000:]
-    after = file.read_text().splitlines()
+    after = file.read_text("utf-8").splitlines()
     assert after[: len(before)] == before and len(after) == 36
     assert len({json.loads(line)["stamp"] for line in after}) == 36
 
@@ -265,8 +267,8 @@ cluster.shutdown()
     env = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(data), str(tmp_path / "cache")],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400,
+        cwd=tmp_path, env=env, capture_output=True, encoding="utf-8", timeout=400,
     )  # fmt: skip
     assert "6 scans: 3 read, 3 refused, 0 killed" in done.stdout, done.stderr[-3000:]
     files = list((tmp_path / "cache").glob("audit-*/records-*-of-8.jsonl"))  # four shards a node
-    assert len(files) == 8 and sum(len(file.read_text().splitlines()) for file in files) == 6
+    assert len(files) == 8 and sum(len(file.read_text("utf-8").splitlines()) for file in files) == 6

@@ -186,7 +186,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), whole_file(target) as partial:
         partial.write_text("half")
         raise RuntimeError
-    assert target.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["out.txt"]
+    assert target.read_text("utf-8") == "first" and [p.name for p in tmp_path.iterdir()] == ["out.txt"]
     for name in ("a.nii.gz", "b.nrrd", "c.mha", "d.nii"):
         image = sitk.GetImageFromArray(hu())
         write_image(image, tmp_path / name)
@@ -226,7 +226,9 @@ for name, job in {
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's files")
 def test_a_full_disk_leaves_no_file(tmp_path):
     (tmp_path / "kept.nii.gz").write_bytes(b"an older map")
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(ROOT), str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(ROOT), str(tmp_path)], capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.endswith(("written", "True", "False"))]
     assert lines == [f"{name} refused False" for name in ("nifti", "nrrd", "meta", "page", "store")]
