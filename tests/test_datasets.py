@@ -441,7 +441,7 @@ def test_own_questions(tmp_path):
     assert (one["id"], one["kind"], one["patient"], one["task"]) == ("jsonl/000001", "number", "a", "count")
     assert one["volumes"] == [str(tmp_path / "a.nii.gz")]
     assert (two["kind"], two["choices"], two["patient"], two["subtask"]) == ("choice", ["A", "B"], "p9", "s")
-    assert two["volumes"] == [str(tmp_path / "b/x.nii.gz"), {"path": str(tmp_path / "c"), "series": "2"}]
+    assert two["volumes"] == [str(tmp_path / "b/x.nii.gz"), {"path": str(tmp_path / "c"), "series": 2}]
     assert missing_volumes([one, two]) == [one["volumes"][0], two["volumes"][0], str(tmp_path / "c")]
     lines[1]["options"] = {"A": "yes"}
     lines += [{**lines[0], "id": "same"}, {**lines[0], "id": "same"}]

@@ -130,7 +130,7 @@ def talker(tmp_path_factory):
     names = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     for name in names:
         (folder / name).write_bytes((ROOT / name).read_bytes())
-    settings = json.loads((ROOT / "generation_config.json").read_text()) | {"eos_token_id": None}
+    settings = json.loads((ROOT / "generation_config.json").read_text(encoding="utf-8")) | {"eos_token_id": None}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -141,7 +141,7 @@ def model(talker):
 
 
 def rows_of(data):
-    return [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (data / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def encoded(model, row):
@@ -161,7 +161,7 @@ def run(capsys, *args):
     finally:
         captured = capsys.readouterr()
         assert NAME not in captured.out + captured.err
-    text = (args[2] / "predictions.jsonl").read_text()
+    text = (args[2] / "predictions.jsonl").read_text(encoding="utf-8")
     assert NAME not in text
     return {record["id"]: record for record in map(json.loads, text.splitlines())}, captured
 
@@ -323,7 +323,7 @@ def test_run(capsys, data, talker, reference, tmp_path):
     for row in rows[:-1]:
         assert (row["kind"] == "choice") == ("choice_logprobs" in records[row["id"]])
         assert row["kind"] == "text" or records[row["id"]]["prediction"] in "ABC"
-    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text(encoding="utf-8"))
     assert scores["refused"] == {"DAMAGED_FILE": {"questions": 1, "scans": 1}}
     assert scores["kept"]["min"] < scores["kept"]["mean"] < scores["kept"]["max"]
     assert "DAMAGED_FILE: 1 scans, 1 questions" in printed.out and "|" in printed.out
@@ -422,7 +422,7 @@ def test_other_runs_folder_is_refused(capsys, data, talker, tmp_path):
 def test_a_foreign_line_is_named(capsys, data, talker, tmp_path):
     run(capsys, data, talker, tmp_path, "--limit", 4)
     file = tmp_path / "predictions.jsonl"
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     first = {**json.loads(lines[0]), "prediction": "other"}
     for wrong in ("not json", '{"id": []}', '{"id": "stranger", "prediction": "x"}', json.dumps(first), "[]"):
         file.write_text("\n".join([lines[0], wrong, *lines[2:]]) + "\n")
@@ -490,11 +490,11 @@ def test_scans_that_a_set_holds_as_bytes(capsys, data, talker, tmp_path, monkeyp
     command = arguments(folder, talker, tmp_path / "bytes")
     command[command.index("--data") + 1] = str(folder / "set")
     evaluate_hf.main(command)
-    found = (tmp_path / "bytes" / "predictions.jsonl").read_text()
+    found = (tmp_path / "bytes" / "predictions.jsonl").read_text(encoding="utf-8")
     assert {record["id"]: record for record in map(json.loads, found.splitlines())} == expected
     monkeypatch.setattr(evaluation_run, "load_model", None)
     evaluate_hf.main(command)
-    assert (tmp_path / "bytes" / "predictions.jsonl").read_text() == found
+    assert (tmp_path / "bytes" / "predictions.jsonl").read_text(encoding="utf-8") == found
     capsys.readouterr()
 
 
@@ -544,17 +544,19 @@ def test_scores_and_comparison_of_files(capsys, data, talker, tmp_path):
     first, second = tmp_path / "a" / "predictions.jsonl", tmp_path / "b" / "predictions.jsonl"
     plain = ["--benchmark", "jsonl", "--data", str(data / "questions.jsonl"), "--bootstrap", "9"]
     evaluate_hf.main([*plain, "--score", str(first), "--output", str(tmp_path / "again")])
-    assert (tmp_path / "again" / "scores.json").read_text() == (tmp_path / "a" / "scores.json").read_text()
+    assert (tmp_path / "again" / "scores.json").read_text(encoding="utf-8") == (
+        tmp_path / "a" / "scores.json"
+    ).read_text(encoding="utf-8")
     train = tmp_path / "train.jsonl"  # a file of one's questions is a training file too
-    lines = (data / "questions.jsonl").read_text().replace('"id": "', '"id": "train/')
+    lines = (data / "questions.jsonl").read_text(encoding="utf-8").replace('"id": "', '"id": "train/')
     train.write_text(lines.replace('"answer": "B"', '"answer": "A"'))
     evaluate_hf.main([*plain, "--score", str(first), "--train", str(train), "--output", str(tmp_path / "train")])
-    scores = [(tmp_path / name / "scores.json").read_text() for name in ("train", "again")]
+    scores = [(tmp_path / name / "scores.json").read_text(encoding="utf-8") for name in ("train", "again")]
     assert scores[0] != scores[1]  # the baseline's answers are those of the training file
     evaluate_hf.main([*plain, "--compare", str(first), str(second), "--output", str(tmp_path / "again")])
-    assert json.loads((tmp_path / "again" / "comparison.json").read_text())
+    assert json.loads((tmp_path / "again" / "comparison.json").read_text(encoding="utf-8"))
     capsys.readouterr()
-    first.write_text(first.read_text() * 2)
+    first.write_text(first.read_text(encoding="utf-8") * 2)
     with pytest.raises(SystemExit):
         evaluate_hf.main([*plain, "--score", str(first)])
     assert "line" in capsys.readouterr().err
@@ -697,7 +699,7 @@ def write_qwen(folder):
         Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 84}), tokenizer,
         chat_template=TEMPLATE.replace("MARK", "<|vision_start|><|image_pad|><|vision_end|>"),
     )  # fmt: skip
-    ids = json.loads((ROOT / "config.json").read_text())
+    ids = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
     ids = {f"{n}_token_id": ids[f"{n}_token_id"] for n in ("image", "video", "vision_start", "vision_end")}
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,

@@ -854,7 +854,7 @@ def test_arguments_from_a_file_and_the_line(arguments, tmp_path, capsys):
     assert "unknown arguments: learning_rat" in capsys.readouterr().err
 
 
-def test_mistakes_give_one_line(arguments, tmp_path, data, capsys, monkeypatch):
+def test_mistakes_give_one_line(request, arguments, tmp_path, data, capsys, monkeypatch):
     def refusal(command, code=2):
         with pytest.raises(SystemExit) as caught:
             train_hf.main(command)
@@ -880,6 +880,8 @@ def test_mistakes_give_one_line(arguments, tmp_path, data, capsys, monkeypatch):
         assert error.startswith("A preprocessed scan could not be written to cache_dir; is the disk full?"), error
     monkeypatch.undo()
     monkeypatch.setattr(train_hf.PhotonTrainer, "training_step", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     assert "Run the same command again with --resume" in refusal(arguments("stopped"), code=130)
 
 
