@@ -113,7 +113,7 @@ def data(tmp_path_factory):
     damaged = folder / f"{NAME}9_a_1.nii.gz"
     damaged.write_bytes(scans[0].read_bytes()[:2000])
     rows.append(question("damaged", [damaged], "Is there a lesion?", "choice", "p9"))
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
@@ -131,7 +131,7 @@ def talker(tmp_path_factory):
     for name in names:
         (folder / name).write_bytes((ROOT / name).read_bytes())
     settings = json.loads((ROOT / "generation_config.json").read_text(encoding="utf-8")) | {"eos_token_id": None}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 
@@ -425,7 +425,7 @@ def test_a_foreign_line_is_named(capsys, data, talker, tmp_path):
     lines = file.read_text(encoding="utf-8").splitlines()
     first = {**json.loads(lines[0]), "prediction": "other"}
     for wrong in ("not json", '{"id": []}', '{"id": "stranger", "prediction": "x"}', json.dumps(first), "[]"):
-        file.write_text("\n".join([lines[0], wrong, *lines[2:]]) + "\n")
+        file.write_text("\n".join([lines[0], wrong, *lines[2:]]) + "\n", encoding="utf-8")
         assert "predictions.jsonl line 2" in refusal(capsys, data, talker, tmp_path, "--limit", 4)
 
 
@@ -472,7 +472,7 @@ def test_swapped_run_sees_other_scans(capsys, data, talker, tmp_path):
     rows = [row for row in rows_of(data) if row["id"].startswith("q/")]
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     right, _ = run(capsys, folder, talker, tmp_path / "right")
     wrong, _ = run(capsys, folder, talker, tmp_path / "wrong", "--swap-scans")
     assert sum(right[name] != wrong[name] for name in right) > len(right) / 2
@@ -483,7 +483,7 @@ def test_scans_that_a_set_holds_as_bytes(capsys, data, talker, tmp_path, monkeyp
     rows = [row for row in rows_of(data) if row["id"].startswith("q/")][:8]
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     expected, _ = run(capsys, folder, talker, tmp_path / "paths")
     embedded = [{**row, "volumes": [{"path": None, "bytes": Path(row["volumes"][0]).read_bytes()}]} for row in rows]
     Dataset.from_list(embedded).save_to_disk(folder / "set")
@@ -508,7 +508,7 @@ def test_faulty_questions_are_named_by_line(capsys, data, talker, tmp_path):
     ]:
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
-        (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         error = refusal(capsys, folder, talker, tmp_path / "run")
         assert all(word in error for word in named), error
         assert not (tmp_path / "run").exists()
@@ -518,7 +518,7 @@ def test_missing_scans_stop_or_are_recorded(capsys, data, talker, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [rows_of(data)[0], question("absent", [folder / f"{NAME}7.nii.gz"], "Is it?", "choice")]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     error = refusal(capsys, folder, talker, tmp_path / "run")
     assert "1 of 2 scans" in error and "--missing record" in error and not (tmp_path / "run").exists()
     records, _ = run(capsys, folder, talker, tmp_path / "run", "--missing", "record")
@@ -549,14 +549,14 @@ def test_scores_and_comparison_of_files(capsys, data, talker, tmp_path):
     ).read_text(encoding="utf-8")
     train = tmp_path / "train.jsonl"  # a file of one's questions is a training file too
     lines = (data / "questions.jsonl").read_text(encoding="utf-8").replace('"id": "', '"id": "train/')
-    train.write_text(lines.replace('"answer": "B"', '"answer": "A"'))
+    train.write_text(lines.replace('"answer": "B"', '"answer": "A"'), encoding="utf-8")
     evaluate_hf.main([*plain, "--score", str(first), "--train", str(train), "--output", str(tmp_path / "train")])
     scores = [(tmp_path / name / "scores.json").read_text(encoding="utf-8") for name in ("train", "again")]
     assert scores[0] != scores[1]  # the baseline's answers are those of the training file
     evaluate_hf.main([*plain, "--compare", str(first), str(second), "--output", str(tmp_path / "again")])
     assert json.loads((tmp_path / "again" / "comparison.json").read_text(encoding="utf-8"))
     capsys.readouterr()
-    first.write_text(first.read_text(encoding="utf-8") * 2)
+    first.write_text(first.read_text(encoding="utf-8") * 2, encoding="utf-8")
     with pytest.raises(SystemExit):
         evaluate_hf.main([*plain, "--score", str(first)])
     assert "line" in capsys.readouterr().err
@@ -586,7 +586,7 @@ def test_a_model_that_reads_no_pictures_is_refused_in_one_line(capsys, data, tmp
     folder = tmp_path / "model"
     folder.mkdir()
     assert refusal(capsys, data, folder, tmp_path / "run").startswith("--model has no config.json")
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     error = refusal(capsys, data, folder, tmp_path / "run")
     assert (
         error.splitlines()[-1]
@@ -691,7 +691,7 @@ def write_qwen(folder):
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    (folder / "pictures.py").write_text(PICTURES)
+    (folder / "pictures.py").write_text(PICTURES, encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
     kind = get_class_from_dynamic_module("pictures.PictureProcessor", str(folder))
     kind.register_for_auto_class()
