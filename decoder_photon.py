@@ -6,7 +6,8 @@
 - `PhotonTextModel`: the two together.
 """
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import initialization as init
@@ -33,6 +34,7 @@ from .scheduling_photon import (
     SchedulerInputs,
     TokenScheduler,
     gather_places,
+    masked_index,
     padded_places,
     stays,
 )
@@ -55,16 +57,9 @@ class CutDecoder(CutLearning):
         return max(self.photon.scheduler_layer, 0)
 
     def run_layers(
-        self,
-        hidden_states,
-        attention_mask,
-        position_ids,
-        text_positions,
-        past_key_values,
-        scan,
-        prefix=None,
+        self, hidden_states, attention_mask, position_ids, text_positions, past_key_values, scan, prefix=None,
         **options,
-    ):
+    ):  # fmt: skip
         """The layers' output.
 
         Args: hidden_states (B, S, D) embeddings; attention_mask (B, S) or as the model takes it; position_ids
@@ -156,12 +151,14 @@ class CutDecoder(CutLearning):
                 )
             return states
 
+        recorded = {}
         if cut_layer == 0:
             places = torch.arange(real.shape[1], device=hidden_states.device).expand(real.shape)
             score = {"score": ({}, {"keys": places}), "score_only": True}
             score_keys = run(self.layers[:1], hidden_states, real, position_ids, 0, **score)["keys"]
         else:
-            hidden_states = run(self.layers[:cut_layer], hidden_states, real, position_ids, 0)
+            with self.recording(recorded):
+                hidden_states = run(self.layers[:cut_layer], hidden_states, real, position_ids, 0)
             score_keys = cache.layers[cut_layer - 1].keys
         lead = padded_places(real & (visual.cumsum(-1) == 0))
         lead_states, above = gather_places(hidden_states, lead), self.layers[cut_layer:]
@@ -171,6 +168,8 @@ class CutDecoder(CutLearning):
             positions = torch.stack([gather_places(axis, lead) for axis in position_ids])
             lead_states = run(above, lead_states, lead >= 0, positions, cut_layer)
         tensors = {"lead_index": lead, "lead_states": lead_states, "states": hidden_states, "score_keys": score_keys}
+        index, _ = masked_index(visual)
+        tensors |= {f"features.{name}": gather_places(states, index) for name, states in recorded.items()}
         for i, layer in enumerate(cache.layers):
             tensors[f"keys.{i}"] = layer.keys if layer.is_initialized else score_keys[:, :, :0]
             tensors[f"values.{i}"] = layer.values if layer.is_initialized else score_keys[:, :, :0]
@@ -196,6 +195,11 @@ class CutDecoder(CutLearning):
             hidden_states, scores = run(layer, hidden_states, score=(queries, keys))
         return hidden_states, scores if prefix is None else prefix.with_scores(scores, scan.visual_index)
 
+    def recording(self, recorded):
+        """A context in which the scheduler fills `recorded` with what it needs of the layers below the cut."""
+        record = getattr(self.scheduler, "record_layers", None)
+        return nullcontext() if record is None else record(recorded, self.layers[: self.photon.scheduler_layer + 1])
+
     @property
     def _phase(self):
         """Tokens are always deleted in evaluation."""
@@ -214,10 +218,13 @@ class CutDecoder(CutLearning):
     def scheduler_inputs(self, scan, scores, hidden_states, layer):
         """What the scheduler sees: the scoring layer's queries and keys, and what it needs beside them."""
         features = dict(scan.features)
+        features |= {name: gather_places(states, scan.visual_index) for name, states in scan.recorded.items()}
         if "sequence" in self.scheduler.needs:
             features["real"] = scan.real
         if "hidden_states" in self.scheduler.needs:
             features["hidden_states"] = gather_places(hidden_states, scan.visual_index) * scan.visual[..., None]
+            features["question_states"] = gather_places(hidden_states, scan.question_index) * scan.question[..., None]
+        known = {item.name for item in fields(SchedulerInputs)}
         return SchedulerInputs(
             question=scan.question,
             visual=scan.visual,
@@ -227,7 +234,8 @@ class CutDecoder(CutLearning):
             deletes=self._phase != "dense",
             budget=self.keep_budget,
             **scores,
-            **features,
+            **{name: value for name, value in features.items() if name in known},
+            more={name: value for name, value in features.items() if name not in known},
         )
 
     def _mask(self, hidden_states, attention_mask, past_key_values, layer, positions=None, cut=True):
@@ -417,17 +425,11 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
             scan = ScanRequest(
                 visual_mask, question_mask, real, keep_count, flip, row_weight, scheduler_features or {}
             )
-        hidden_states, schedule, keep_index = self.run_layers(
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            text_positions,
-            past_key_values,
-            scan,
-            prefix,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        with nullcontext() if scan is None or prefix is not None else self.recording(scan.recorded):
+            hidden_states, schedule, keep_index = self.run_layers(
+                inputs_embeds, attention_mask, position_ids, text_positions, past_key_values, scan, prefix,
+                use_cache=use_cache, **kwargs,
+            )  # fmt: skip
         if self.training and scan is None:
             hidden_states = hidden_states + self._touch_scheduler().to(hidden_states.dtype)
         return PhotonModelOutputWithPast(

@@ -25,7 +25,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.utils import can_return_tuple
 
 from .decoder_photon import PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel
-from .objectives_photon import Objective, PhotonCausalLMOutputWithPast, all_losses, full_length
+from .objectives_photon import Objective, PhotonCausalLMOutputWithPast, all_losses, encode_in_parts, full_length
 from .prefix_photon import PhotonCache, PrefixModel
 from .prompt_photon import (
     NO_MASKS,
@@ -34,13 +34,12 @@ from .prompt_photon import (
     PromptFeatures,
     PromptPositions,
     check_scan,
-    encode_in_parts,
-    grid_coordinates,
     grids_of_volumes,
     grown_mask,
-    record_attention,
+    record_features,
     refuse_static,
     rope_deltas,
+    scan_features,
     visual_places,
 )
 from .prompt_photon import question_mask as find_question
@@ -110,20 +109,20 @@ class PhotonModel(PrefixModel, PromptPositions, PromptFeatures, PhotonPreTrained
                 f"pixel_values_videos has {len(pixel_values_videos)} patches, but video_grid_thw counts {patches}; "
                 "the two must match. Pass both as the processor returns them."
             )
-        needs, encode = self.language_model.scheduler.needs, partial(super().get_video_features, **kwargs)
-        with record_attention(self.visual, grids, active="vision" in needs) as recorded:
-            if self.training and "vision" not in needs and self.patches_at_once is not None:
+        scheduler, encode = self.language_model.scheduler, partial(super().get_video_features, **kwargs)
+        needed = {*scan_features(scheduler)}
+        with record_features(scheduler, self.visual, pixel_values_videos, grids) as recorded:
+            if self.training and not needed - {"coordinates"} and self.patches_at_once is not None:
                 outputs = encode_in_parts(encode, pixel_values_videos, grids, self.patches_at_once)
             else:
                 outputs = encode(pixel_values_videos, grids)
         lists = [list(outputs.pooler_output)]
-        if needs & {"vision", "coordinates"}:
-            coordinates = [grid_coordinates(grid, self.visual.spatial_merge_size) for grid in grids]
-            sizes = [len(part) for part in coordinates]
-            lists += [coordinates, *(part.split(sizes) for part in recorded)]
+        lists += [list(values.split([len(part) for part in lists[0]])) for values in recorded.values()]
         if volume_index is not None:
             lists = [[part[i] for i in volume_index.tolist()] for part in lists]
-        return PhotonVisionOutput(outputs.last_hidden_state, lists[0], deepstack_features=lists[1:] or None)
+        return PhotonVisionOutput(
+            outputs.last_hidden_state, lists[0], deepstack_features=lists[1:] or None, feature_names=(*recorded,)
+        )
 
     @can_return_tuple
     def forward(

@@ -8,6 +8,7 @@
   rule; `soft_weight` weights hidden states in the soft phase, in which nothing is deleted; `gate_mask` and
   `gated_flash_attention` put gates on attention logits, and a key whose gate is 0 is as good as deleted. `CutLearning`
   is what a decoder does with them.
+- `encode_in_parts` holds the vision tower's activations of a part of the scans at a time.
 B rows, S places of the prompt, S' places after the cut, V visual tokens, D channels.
 """
 
@@ -19,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .scheduling_photon import ScheduleFields, SchedulerInputs, gather_places, scatter_places
+from .scheduling_photon import ScheduleFields, SchedulerInputs, gather_places
 
 # === Losses ==========================================================================================================
 
@@ -133,6 +134,40 @@ def full_length(values, keep_index, length):
     places = keep_index.clamp(min=0)[..., None].expand_as(values)
     kept = torch.where(keep_index[..., None] >= 0, values, 0)  # padded places share place 0
     return values.new_zeros(len(values), length, values.shape[-1]).scatter_add(1, places, kept)
+
+
+# === Vision in parts =================================================================================================
+
+
+def encode_in_parts(encode, patches, grids, limit):
+    """The vision tower's output for volumes, of which it gets at most about `limit` patches at a time.
+
+    It attends within one depth slab only, so that parts of whole slabs give the same output and gradients, and need
+    less memory: a block's intermediate results are held for one part.
+
+    Args: encode: (patches, grids) -> output with `pooler_output`, a list of one tensor a volume; patches (N, voxels);
+        grids (volumes, 3).
+    """
+    pieces = []  # (volume, slabs of it, h, w)
+    for volume, (t, h, w) in enumerate(grids.tolist()):
+        step = max(1, limit // (h * w))
+        pieces += [(volume, min(step, t - first), h, w) for first in range(0, t, step)]
+    parts, held = [[]], 0
+    for piece in pieces:
+        size = piece[1] * piece[2] * piece[3]
+        if parts[-1] and held + size > limit:
+            parts, held = [*parts, []], 0
+        parts[-1].append(piece)
+        held += size
+    states, pooled, begin = [], [[] for _ in grids], 0
+    for part in parts:
+        end = begin + sum(slabs * h * w for _, slabs, h, w in part)
+        output = encode(patches[begin:end], grids.new_tensor([piece[1:] for piece in part]))
+        states.append(output.last_hidden_state)
+        for (volume, *_), tokens in zip(part, output.pooler_output, strict=True):
+            pooled[volume].append(tokens)
+        begin = end
+    return BaseModelOutputWithPooling(torch.cat(states), [torch.cat(tokens) for tokens in pooled])
 
 
 # === The gradient of the cut =========================================================================================
@@ -251,6 +286,13 @@ def surrogate_gather(hidden, schedule, visual_index, visual, index, rule, row_we
     train the threshold differently.
     """
     return SurrogateGather.apply(hidden, schedule.keep_prob, visual_index, visual, index, rule, row_weight)
+
+
+def scatter_places(values, index, real, length):
+    """values (B, N, ...) to their places in (B, length, ...), 0 elsewhere; index, real (B, N) as of `masked_index`."""
+    shape = (*index.shape, *(1 for _ in values.shape[2:]))
+    out = values.new_zeros(values.shape[0], length, *values.shape[2:])
+    return out.scatter_add(1, index.view(shape).expand_as(values), torch.where(real.view(shape), values, 0.0))
 
 
 def soft_weight(hidden, schedule, visual_index, visual):

@@ -349,9 +349,8 @@ class PrefixModel:
         tensors = self.language_model.encode_prefix(states, index >= 0, position_ids, visual, reuse)
         grids = torch.nn.utils.rnn.pad_sequence(video_grid_thw.split(counts), batch_first=True)
         tensors |= {"input_ids": ids, "real": index >= 0, "position_ids": position_ids.transpose(0, 1), "grids": grids}
-        lists = getattr(encoded, "deepstack_features", None)
-        if lists is not None:
-            tensors |= {f"features.{name}": value for name, value in features_of_scans(lists, visual).items()}
+        if getattr(encoded, "deepstack_features", None) is not None:
+            tensors |= {f"features.{name}": value for name, value in features_of_scans(encoded, visual).items()}
         return ScanPrefix(tensors, scans, model_digest(self), reuse)
 
     def load_scan(self, file, processor):

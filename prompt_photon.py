@@ -6,7 +6,7 @@ B rows, S places. Positions have three axes (depth, row, column); text advances 
 """
 
 import hashlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -246,9 +246,11 @@ class PhotonVisionOutput(BaseModelOutputWithPooling):
         deepstack_features (`list[list[torch.Tensor]]`, *optional*):
             What the scheduler needs of each token, of `scheduler_features`: lists of P tensors
             (tokens, ...). Generation expands lists of this name for beams, as it does the pooler output.
+        feature_names (`tuple[str]`, *optional*): of these lists.
     """
 
     deepstack_features: list | None = None
+    feature_names: tuple | None = None
 
 
 def join_outputs(outputs):
@@ -256,7 +258,9 @@ def join_outputs(outputs):
     features = [output.deepstack_features for output in outputs]
     joined = None if None in features else [sum(lists, []) for lists in zip(*features, strict=True)]
     return PhotonVisionOutput(
-        pooler_output=[part for output in outputs for part in output.pooler_output], deepstack_features=joined
+        pooler_output=[part for output in outputs for part in output.pooler_output],
+        deepstack_features=joined,
+        feature_names=outputs[0].feature_names,
     )
 
 
@@ -282,13 +286,13 @@ def grid_coordinates(grid, merge):
     return torch.cartesian_prod(*axes).view(-1, 3)
 
 
-def features_of_scans(lists, visual_mask):
-    """Features of the tokens of P scans, a list of P tensors (tokens, ...) each, as (B, V, ...) of `SchedulerInputs`.
+def features_of_scans(output, visual_mask):
+    """{name: (B, V, ...)} of what a `PhotonVisionOutput` carries of each token of P scans, for `SchedulerInputs`.
 
-    Args: lists: coordinates (tokens, 3), and with the vision tower's attention also its two tensors; visual_mask
-        (B, S) bool.
+    Args: output: its first list is the coordinates (tokens, 3); visual_mask (B, S) bool.
     """
     index, visual = masked_index(visual_mask)
+    lists = output.deepstack_features
     coordinates = torch.cat(lists[0]).to(visual.device)
     place = torch.cat([torch.full((len(part),), number) for number, part in enumerate(lists[0])]).to(visual.device)
 
@@ -301,7 +305,7 @@ def features_of_scans(lists, visual_mask):
     first = place.masked_fill(~visual, len(lists[0])).amin(-1, keepdim=True)
     scan = torch.where(visual, place - first, 0)  # a row's scans count from 0
     features = {"coordinates": torch.cat([scan[..., None], by_row(coordinates)], dim=-1)}
-    for name, part in zip(("vision_attention", "vision_keys"), lists[1:], strict=False):
+    for name, part in zip(output.feature_names[1:], lists[1:], strict=True):
         features[name] = by_row(torch.cat(list(part)).to(visual.device))
     return features
 
@@ -339,19 +343,17 @@ class PromptFeatures:
 
     def scheduler_features(self, input_ids, visual, question_mask, mm_encoder_outputs, scan):
         """What the scheduler needs beside the scoring layer, by the names of `SchedulerInputs`; (B, V, ...) each."""
-        needs, features = self.language_model.scheduler.needs, {}
-        if needs & {"vision", "coordinates"}:
-            lists = getattr((mm_encoder_outputs or {}).get("video"), "deepstack_features", None)
-            if scan is not None and scan.features:
-                features = dict(scan.features)
-            elif lists is None:
-                raise ValueError(
-                    "The scheduler needs the scan's grid or the vision tower's attention, but the encoded scan does "
-                    "not carry them. Encode it with get_video_features or encode_scan after set_scheduler, and pass "
-                    "the whole output."
-                )
-            else:
-                features = features_of_scans(lists, visual)
+        scheduler = self.language_model.scheduler
+        needs, features = scheduler.needs, {} if scan is None else dict(scan.features)
+        video = (mm_encoder_outputs or {}).get("video")
+        if not features and getattr(video, "deepstack_features", None) is not None:
+            features = features_of_scans(video, visual)
+        missing = [name for name in scan_features(scheduler) if name not in features]
+        if missing:
+            raise ValueError(
+                f"The scheduler needs {', '.join(missing)} of the scan, but the encoded scan does not carry them. "
+                "Encode it with get_video_features or encode_scan after set_scheduler, and pass the whole output."
+            )
         if needs & {"row_number", "sequence"}:
             if input_ids is None:
                 raise ValueError("The scheduler needs the prompt's words; pass input_ids, not inputs_embeds.")
@@ -360,19 +362,38 @@ class PromptFeatures:
         return features
 
 
-@contextmanager
-def record_attention(visual, grids, active=True):
-    """Records the attention that tokens receive in the vision tower's last full-attention block, while it runs.
+def scan_features(scheduler):
+    """Names of what a scheduler needs of each token of a scan."""
+    vision = ("vision_attention", "vision_keys") if "vision" in scheduler.needs else ()
+    names = (*vision, *getattr(scheduler, "scan_records", ()))
+    return ("coordinates", *names) if names or "coordinates" in scheduler.needs else ()
 
-    The block attends within one depth slab, so the attention is computed slab by slab, never for all pairs of patches.
-    Yields a list that holds afterwards the attention received (tokens,), mean over heads and over a token's patches, 1
-    on average, and the keys (tokens, d), mean likewise. The list stays empty if not `active`.
-    """
-    recorded = []
-    if not active:
+
+@contextmanager
+def record_features(scheduler, visual, patches, grids):
+    """Yields a dict that holds afterwards what a scheduler needs of each token of the scans that the tower encodes."""
+    names, recorded, own = scan_features(scheduler), {}, getattr(scheduler, "record_scan", None)
+    with ExitStack() as stack:
+        if names:
+            coordinates = [grid_coordinates(grid, visual.spatial_merge_size) for grid in grids]
+            recorded["coordinates"] = torch.cat(coordinates)
+        if "vision" in scheduler.needs:
+            stack.enter_context(record_attention(recorded, visual, grids))
+        if own is not None:
+            stack.enter_context(own(recorded, visual, patches, grids))
         yield recorded
-        return
-    attention = visual.blocks[max(visual.fullatt_block_indexes)].attn
+
+
+@contextmanager
+def record_attention(recorded, visual, grids, block=None, names=("vision_attention", "vision_keys")):
+    """Records the attention that tokens receive in a block of the vision tower, while it runs.
+
+    The block attends within one depth slab or a window of it, so the attention is computed part by part, never for all
+    pairs of patches. `recorded` holds afterwards, under the two names, the attention received (tokens,), mean over
+    heads and over a token's patches, 1 on average, and the keys (tokens, d), mean likewise. block: default the last
+    with full attention.
+    """
+    attention = visual.blocks[max(visual.fullatt_block_indexes) if block is None else block].attn
     merge = visual.spatial_merge_unit
 
     @torch.no_grad()
@@ -388,47 +409,11 @@ def record_attention(visual, grids, active=True):
         sizes = (visual.spatial_merge_size, visual.window_size, visual.patch_size)
         window_index, _ = get_vision_window_index(grids, *sizes)
         order = window_index.to(hidden_states.device).argsort()
-        recorded[:] = [
-            torch.cat(received).view(-1, merge).mean(1)[order],
-            key.float().mean(1).view(len(order), merge, -1).mean(1)[order],
-        ]
+        recorded[names[0]] = torch.cat(received).view(-1, merge).mean(1)[order]
+        recorded[names[1]] = key.float().mean(1).view(len(order), merge, -1).mean(1)[order]
 
     handle = attention.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        yield recorded
+        yield
     finally:
         handle.remove()
-
-
-# === Vision in parts =================================================================================================
-
-
-def encode_in_parts(encode, patches, grids, limit):
-    """The vision tower's output for volumes, of which it gets at most about `limit` patches at a time.
-
-    It attends within one depth slab only, so that parts of whole slabs give the same output and gradients, and need
-    less memory: a block's intermediate results are held for one part.
-
-    Args: encode: (patches, grids) -> output with `pooler_output`, a list of one tensor a volume; patches (N, voxels);
-        grids (volumes, 3).
-    """
-    pieces = []  # (volume, slabs of it, h, w)
-    for volume, (t, h, w) in enumerate(grids.tolist()):
-        step = max(1, limit // (h * w))
-        pieces += [(volume, min(step, t - first), h, w) for first in range(0, t, step)]
-    parts, held = [[]], 0
-    for piece in pieces:
-        size = piece[1] * piece[2] * piece[3]
-        if parts[-1] and held + size > limit:
-            parts, held = [*parts, []], 0
-        parts[-1].append(piece)
-        held += size
-    states, pooled, begin = [], [[] for _ in grids], 0
-    for part in parts:
-        end = begin + sum(slabs * h * w for _, slabs, h, w in part)
-        output = encode(patches[begin:end], grids.new_tensor([piece[1:] for piece in part]))
-        states.append(output.last_hidden_state)
-        for (volume, *_), tokens in zip(part, output.pooler_output, strict=True):
-            pooled[volume].append(tokens)
-        begin = end
-    return BaseModelOutputWithPooling(torch.cat(states), [torch.cat(tokens) for tokens in pooled])

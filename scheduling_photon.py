@@ -9,7 +9,6 @@ size, Q question tokens, V visual tokens (rows with fewer are padded on the righ
 - `TokenScheduler`: both together. Any module that maps `SchedulerInputs` to a `Schedule` can take its place, see
   `PhotonForConditionalGeneration.set_scheduler` and the methods in `photon/schedulers/`;
 - `stays`, `padded_places`: which places of the sequence stay.
-How the cut learns is in objectives_photon.py.
 """
 
 import math
@@ -33,7 +32,7 @@ class ScanRequest:
     visual_mask, question_mask, real (B, S) bool: places of visual tokens, of the question, and of all but padding;
     keep_count (B,) or `None`: keep exactly so many; flip (B,) bool or `None`: rows that keep what they would drop;
     row_weight (B,) or `None`: each row's share of the loss; features: what the scheduler needs beside the scoring
-    layer, by the names of `SchedulerInputs`.
+    layer, by the names of `SchedulerInputs`; recorded: {name: (B, S, ...)} of its `record_layers`, while layers run.
     """
 
     visual_mask: torch.Tensor
@@ -43,6 +42,7 @@ class ScanRequest:
     flip: torch.Tensor | None = None
     row_weight: torch.Tensor | None = None
     features: dict = field(default_factory=dict)
+    recorded: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.visual_index, self.visual = masked_index(self.visual_mask)  # (B, V)
@@ -72,12 +72,17 @@ class SchedulerInputs:
     There if a method lists the name in its class attribute `needs`:
     - "sequence": last_query (B, H, 1, d) of each prompt's last token, its place last_index (B, 1), keys (B, G, S, d)
       of all places, and real (B, S), which of these are not padding;
-    - "hidden_states": hidden_states (B, V, D) of the visual tokens as they enter the cut;
+    - "hidden_states": hidden_states (B, V, D) of the visual tokens as they enter the cut, and question_states
+      (B, Q, D) of the question's;
     - "coordinates": coordinates (B, V, 4) long: a token's scan within the prompt, depth, row, column;
     - "vision": of the vision tower's last full-attention block, vision_attention (B, V): how much attention a token
       receives from its slab (mean over heads and over the 2 x 2 patches of a token; 1 on average), and vision_keys
       (B, V, d): its keys, mean over heads and patches;
     - "row_number": row_number (B,) long, which follows from the row's token ids alone, to draw by.
+
+    more: {name: (B, V, ...)} of what the method records itself: `record_scan(recorded, visual, patches, grids)`, a
+    context around the vision tower, puts {name: (tokens, ...)}, of the names `scan_records`, into the dict;
+    `record_layers(recorded, layers)`, one around the layers below the cut, {name: (B, S, ...)}.
     """
 
     queries: torch.Tensor
@@ -95,10 +100,12 @@ class SchedulerInputs:
     keys: torch.Tensor | None = None
     real: torch.Tensor | None = None
     hidden_states: torch.Tensor | None = None
+    question_states: torch.Tensor | None = None
     coordinates: torch.Tensor | None = None
     vision_attention: torch.Tensor | None = None
     vision_keys: torch.Tensor | None = None
     row_number: torch.Tensor | None = None
+    more: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -426,13 +433,6 @@ def gather_places(tensor, index):
     shape = (*index.shape, *(1 for _ in trailing))
     places = index.clamp(min=0).view(shape).expand(*index.shape, *trailing)
     return tensor.gather(1, places) * (index >= 0).view(shape).to(tensor.dtype)
-
-
-def scatter_places(values, index, real, length):
-    """values (B, N, ...) to their places in (B, length, ...), 0 elsewhere; index, real (B, N) as of `masked_index`."""
-    shape = (*index.shape, *(1 for _ in values.shape[2:]))
-    out = values.new_zeros(values.shape[0], length, *values.shape[2:])
-    return out.scatter_add(1, index.view(shape).expand_as(values), torch.where(real.view(shape), values, 0.0))
 
 
 def keep_counts(visual_count, token_budget, keep_ratio):
