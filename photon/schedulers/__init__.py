@@ -22,25 +22,48 @@ A method is one file with a subclass of `BudgetScheduler`, and one line that imp
 It is given to the model by `model.set_scheduler(module)`.
 """
 
-from photon.schedulers.budget import SCHEDULERS, BudgetScheduler
-
 # an import registers the method of its file
+from photon.schedulers.atp import ATPScheduler
+from photon.schedulers.body import BodyScheduler
+from photon.schedulers.budget import SCHEDULERS, BudgetScheduler
+from photon.schedulers.cdpruner import CDPrunerScheduler
+from photon.schedulers.divprune import DivPruneScheduler
+from photon.schedulers.evs import EVSScheduler
 from photon.schedulers.fastv import FastVScheduler
 from photon.schedulers.flipped import FlippedScheduler
+from photon.schedulers.grid import GridScheduler
+from photon.schedulers.hiprune import HiPruneScheduler
+from photon.schedulers.ivtp import IVTPScheduler
+from photon.schedulers.medpruner import MedPrunerScheduler
+from photon.schedulers.omniv import OmniVScheduler
+from photon.schedulers.perceiver import PerceiverScheduler
+from photon.schedulers.pooling import PoolingScheduler
+from photon.schedulers.prumerge import PruMergeScheduler
 from photon.schedulers.random import RandomScheduler
+from photon.schedulers.sparsevlm import SparseVLMScheduler
 from photon.schedulers.stride import StrideScheduler
+from photon.schedulers.tome import ToMeScheduler
+from photon.schedulers.transprune import TransPruneScheduler
 from photon.schedulers.visionzip import VisionZipScheduler
+from photon.schedulers.withdraw import WithdrawScheduler
 
 
 def use_scheduler(model, name, **settings):
     """Lets a Photon model choose tokens by the method `name`; returns the scheduler it had, to set again.
 
     Args: model: `PhotonForConditionalGeneration`; name: one of `SCHEDULERS`; settings: of the method, such as `seed`.
-    Raises: `ValueError` for an unknown name.
+    Raises: `ValueError` for an unknown name, or where the model cuts below what the method reads.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler {name!r}; known are {', '.join(SCHEDULERS)}.")
-    return model.set_scheduler(SCHEDULERS[name](model.model.language_model.scheduler, **settings))
+    method, layer = SCHEDULERS[name], model.config.scheduler_layer
+    if layer < method.lowest_layer:
+        raise ValueError(
+            f"{name} reads decoder layers below the cut, but the model cuts after layer {layer} (scheduler_layer); "
+            f"expected {method.lowest_layer} or more."
+        )
+    scheduler = method(model.model.language_model.scheduler, **settings)
+    return model.set_scheduler(scheduler.to(model.device).train(model.training))
 
 
 __all__ = ["SCHEDULERS", "BudgetScheduler", "use_scheduler"]

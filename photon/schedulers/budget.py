@@ -16,13 +16,18 @@ class BudgetScheduler(nn.Module):
     that two methods are compared at an equal budget, row by row.
 
     A subclass is registered in `SCHEDULERS` under its `name` when its file is imported; `needs` are the names of the
-    `SchedulerInputs` that it uses beyond those that are always given.
+    `SchedulerInputs` that it uses beyond those that are always given. `exact`: whether it keeps just as many tokens as
+    asked; `learns`: whether it has weights, which training moves; `lowest_layer`: the least `scheduler_layer` at which
+    it has something to read; `own_count`, where it has one: (B,) tokens that the method keeps by its own rule.
 
-    Args: reference: the model's own scheduler; seed: for methods that draw.
+    Args: reference: the model's own scheduler; seed: for methods that draw; native: where a call gives no budget, keep
+        as many as the method's own rule says.
     """
 
     name = None
     needs = frozenset()
+    exact, learns, lowest_layer = True, False, -1
+    own_count = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -31,16 +36,25 @@ class BudgetScheduler(nn.Module):
                 raise ValueError(f"There are two selection methods of the name {cls.name!r}.")
             SCHEDULERS[cls.name] = cls
 
-    def __init__(self, reference, seed=0):
+    def __init__(self, reference, seed=0, native=False):
         super().__init__()
-        self.reference, self.seed = reference, seed
+        if native and self.own_count is None:
+            raise ValueError(f"{self.name} has no rule of its own for how many tokens stay; leave native out.")
+        self.reference, self.seed, self.native = reference, seed, native
         self.needs = type(self).needs | reference.needs
 
     def forward(self, inputs):
         """`SchedulerInputs` to a `Schedule`, whose keep probabilities and threshold are the reference's."""
         schedule = self.reference(inputs)
-        keep_mask = self.select(inputs, schedule.keep_mask.sum(-1))
-        return replace(schedule, keep_mask=keep_mask, hidden_states=self.merge(inputs, keep_mask))
+        by_rule = self.native and inputs.keep_count is None
+        count = self.own_count(inputs) if by_rule else schedule.keep_mask.sum(-1)
+        keep_mask, hidden_states = self.decide(inputs, count)
+        return replace(schedule, keep_mask=keep_mask, hidden_states=hidden_states)
+
+    def decide(self, inputs, count):
+        """Which tokens stay, (B, V) bool, `count` (B,) of each row, and what `merge` makes of them."""
+        keep_mask = self.select(inputs, count)
+        return keep_mask, self.merge(inputs, keep_mask)
 
     def select(self, inputs, count):
         """(B, V) bool: which tokens stay, `count` (B,) of each row."""
