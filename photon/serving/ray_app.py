@@ -111,7 +111,9 @@ def start_workers(model, count, gpus, device):
     """The handle of the workers: those that are deployed, else `count` new ones on this machine or cluster."""
     if not ray.is_initialized():
         places = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # where workers on this machine find the code
-        ray.init(os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False, runtime_env=places)
+        address = os.environ.get("RAY_ADDRESS", "local")  # never a cluster that happens to run here
+        ray.init(address, log_to_driver=False, include_dashboard=False, runtime_env=places)
+    serve.start(proxy_location="Disabled")  # requests come through our server, which checks the tokens
     if NAME in serve.status().applications:
         return serve.get_app_handle(NAME)
     args = {"model": model, "replicas": count, "gpus": gpus, "device": device}

@@ -67,6 +67,11 @@ def test_two_workers_answer_as_one_process(backend, models):
     assert len({worker for _, worker in [*first, *later]}) == 2  # both work
 
 
+def test_workers_are_reached_through_the_server_alone(backend):
+    """No HTTP of Ray's own, which would ask for no token."""
+    assert ray.serve.status().proxies == {}
+
+
 def test_a_worker_may_die(backend):
     """Ray starts another, and the scan is encoded again from the object store."""
 
