@@ -36,7 +36,7 @@ class Running:
             self.process = subprocess.Popen(
                 self.arguments, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):

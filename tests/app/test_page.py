@@ -51,7 +51,7 @@ def chromium():
     if CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium, or name it in CHROMIUM")
     with playwright.sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = library.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=WAIT)
         yield browser
         browser.close()
 
