@@ -65,10 +65,10 @@ def is_surely_hu(image, values: tuple[float, float]) -> bool:
     if not (values[0] < -500 and values[1] > 0) or image.GetPixelID() in (sitk.sitkInt8, sitk.sitkUInt8):
         return False
     array = sitk.GetArrayViewFromImage(image)
-    step = [slice(None, None, 1 + n // 96) for n in array.shape]  # every n-th voxel of a large scan decides the same
-    sides = array[:: array.shape[0] - 1, step[1], step[2]], array[step[0], :: array.shape[1] - 1, step[2]]
-    faces = np.concatenate([side.ravel() for side in (*sides, array[step[0], step[1], :: array.shape[2] - 1])])
-    array = array[tuple(step)]
+    inner = [slice(None, None, 1 + n // 96) for n in array.shape]  # every n-th voxel of a large scan decides the same
+    outer = [slice(None, None, max(n - 1, 1)) for n in array.shape]  # first and last
+    sides = [array[tuple(inner[:axis] + [outer[axis]] + inner[axis + 1 :])].ravel() for axis in range(3)]
+    faces, array = np.concatenate(sides), array[tuple(inner)]
     padding = values[0] if values[0] < AIR[0] else None
     faces, inside = faces[faces != padding], array[array != padding]
     if not faces.size or not inside.size:

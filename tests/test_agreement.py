@@ -88,7 +88,7 @@ def test_every_scan_of_the_test_data():
 ORIENTATIONS = [  # every way that axes can lie, and oblique ones
     np.eye(3)[list(order)] * np.array(signs)[:, None]
     for order in itertools.permutations(range(3))
-    for signs in ((1, 1, 1), (-1, 1, 1), (1, -1, -1))
+    for signs in itertools.product((1, -1), repeat=3)
 ] + [np.array(sitk.VersorTransform(axis, angle).GetMatrix()).reshape(3, 3)
      for axis, angle in (((0, 0, 1.0), 0.4), ((0.6, 0, 0.8), -1.1))]  # fmt: skip
 
