@@ -12,6 +12,7 @@ from the object store.
 
 import asyncio
 import os
+import time
 from collections import OrderedDict
 
 import ray
@@ -108,13 +109,21 @@ class RayBackend:
 
 
 def start_workers(model, count, gpus, device):
-    """The handle of the workers: those that are deployed, else `count` new ones on this machine or cluster."""
+    """The handle of the workers: those that are deployed, else `count` new ones.
+
+    The variable RAY_ADDRESS names the cluster; without it, one of our own is started on this machine. Raises
+    `ConnectionError` where the cluster cannot be reached, or its workers did not start.
+    """
     if not ray.is_initialized():
         places = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # where workers on this machine find the code
         address = os.environ.get("RAY_ADDRESS", "local")  # never a cluster that happens to run here
         ray.init(address, log_to_driver=False, include_dashboard=False, runtime_env=places)
     serve.start(proxy_location="Disabled")  # requests come through our server, which checks the tokens
-    if NAME in serve.status().applications:
+    while (found := serve.status().applications.get(NAME)) and found.status in ("NOT_STARTED", "DEPLOYING"):
+        time.sleep(1)
+    if found and found.status == "DEPLOY_FAILED":
+        raise ConnectionError(f"The workers of the cluster did not start, see `serve status`: {found.message}")
+    if found:
         return serve.get_app_handle(NAME)
     args = {"model": model, "replicas": count, "gpus": gpus, "device": device}
     return serve.run(workers(args), name=NAME, route_prefix=None)

@@ -72,6 +72,14 @@ def test_workers_are_reached_through_the_server_alone(backend):
     assert ray.serve.status().proxies == {}
 
 
+def test_workers_are_found_again(backend):
+    from photon.serving.ray_app import start_workers
+
+    start_workers("no such folder", 5, 0, "cpu")
+    application = ray.serve.status().applications["photon"]
+    assert application.deployments["Worker"].replica_states == {"RUNNING": 2}
+
+
 def test_a_worker_may_die(backend):
     """Ray starts another, and the scan is encoded again from the object store."""
 
