@@ -21,6 +21,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see evaluate_hf.py
+
 from photon import overlay
 from photon.asking import ask_all, describe, html_of, overlap, picture_rows, shown_scans
 from photon.console import one_line_faults

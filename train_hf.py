@@ -11,8 +11,11 @@ adapters of the decoder, and the scheduler and the patch embedding in full. All 
 with `--lora` the adapters are merged into it, and lie alone in OUTPUT_DIR/adapter.
 """
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see evaluate_hf.py
 
 from photon.console import named_requirements, one_line_faults
 

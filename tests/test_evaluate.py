@@ -618,16 +618,17 @@ def test_missing_libraries_are_named_before_anything_is_answered(data, tmp_path)
     assert "Traceback" not in done.stderr
 
 
-def test_waiting_threads_sleep():
+@pytest.mark.parametrize("command", ["evaluate_hf", "train_hf", "ask"])
+def test_waiting_threads_sleep(command):
     """The policy stands before torch is loaded, or it has no effect; a user's own is kept."""
-    code = """
+    code = f"""
 import os, sys
 policy = []
 def hook(event, args):
     if event == "import" and args[0] == "torch":
         policy.append(os.environ.get("OMP_WAIT_POLICY"))
 sys.addaudithook(hook)
-import evaluate_hf
+import {command}
 print(policy[0])
 """
     for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
