@@ -27,7 +27,8 @@ test: .venv/dev  ## run all tests (no network, no GPU, some minutes)
 
 test-app: .venv/app-dev photon/app/node_modules  ## test the page in a browser, and the server (Chromium from apt)
 	@command -v chromium chromium-browser >/dev/null || \
-	(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null)
+	(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null) || \
+	echo "Chromium is not here and could not be installed, so the tests in a browser are skipped"
 	.venv/bin/python -m pytest -q tests/app
 
 docs: .venv/docs  ## the documentation as a site, in build/site; a broken link is an error

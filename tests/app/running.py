@@ -50,7 +50,7 @@ class Running:
     def stop(self, with_signal=signal.SIGTERM):
         if self.process.poll() is None:
             self.process.send_signal(with_signal)
-            self.process.wait(30)
+            self.process.wait(120)
 
     def log(self):
         return self.log_file.read_text("utf-8", errors="replace")

@@ -188,14 +188,14 @@ def test_nobody_without_the_token(server, header):
 def test_tokens_take_equal_time():
     """Right and wrong, long and short: the comparison of digests takes the same time, within the clock's noise."""
     tokens = Tokens(["a" * 40, "b" * 40])
-    medians = []
-    for header in ("Bearer " + "a" * 40, "Bearer " + "b" * 40, "Bearer " + "a" * 39 + "x", "Bearer x" + "a" * 39):
-        times = []
-        for _ in range(3000):
+    headers = ("Bearer " + "a" * 40, "Bearer " + "b" * 40, "Bearer " + "a" * 39 + "x", "Bearer x" + "a" * 39)
+    times = {header: [] for header in headers}
+    for _ in range(3000):
+        for header in headers:  # in turn, since the machine's speed changes
             start = time.perf_counter_ns()
             tokens.owner(header)
-            times.append(time.perf_counter_ns() - start)
-        medians.append(statistics.median(times))
+            times[header].append(time.perf_counter_ns() - start)
+    medians = [statistics.median(taken) for taken in times.values()]
     assert max(medians) < 1.5 * min(medians)
     assert [tokens.owner(f"Bearer {t * 40}") for t in "abc"] == [0, 1, None]
     with pytest.raises(ValueError, match="16 characters"):
@@ -402,7 +402,7 @@ def test_the_load_test(tmp_path):
         "--json",
         str(tmp_path / "a"),
     ]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "a").read_text())
     assert result["ratios"]["wrong_replies"] == 0 and result["ratios"]["memory_end_over_first_quarter"] < 1.2
