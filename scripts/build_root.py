@@ -9,7 +9,6 @@ The tokenizer is a byte-level BPE trained on phantom questions, with Qwen's spec
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -22,15 +21,18 @@ sys.path.insert(0, str(ROOT))
 from photon.configuration_photon import PhotonConfig
 from photon.loading import build_processor  # noqa: E402
 from photon.modeling_photon import PhotonForConditionalGeneration
-from photon.phantoms import dataset as phantoms
+from photon.phantoms.patient import PhantomConfig
+from photon.phantoms.questions import question_texts
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-ROLES = ["system", "user", "assistant", "You are a helpful assistant."]
+ROLES = ["system", "user", "assistant", "You are a helpful assistant.", "Scan 1: ", "Scan 2: "]
 VOCABULARY = 1024
+TEXTS = 200  # of each task; a tokenizer that has not met a size cuts it into digits, and then no letter is learnt
+DIAMETERS = (20.0, 29.0, 42.0)  # mm, of runs/tiny_cpu.sh
 # phantoms have voxels of 4 to 6 mm, so that a patch of 7 x 7 x 7 voxels of 4 mm shows a lesion as well as 14 x 14 x 14
 # would, and is learnt sooner. 12 x 5 x 7 = 420 tokens over 336 x 280 x 392 mm
 GRID, SPACING, PATCH = (84, 70, 98), (4.0, 4.0, 4.0), 7
@@ -41,14 +43,10 @@ VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 128, 2, 4
 
 
 def corpus():
-    """Questions and answers of a few phantoms, and the chat's fixed words."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows, *_ = phantoms.write_data_set(Path(folder), 24, phantoms.DataConfig(seed=0))
-    for row in rows:
-        for message in row["messages"]:
-            for part in message["content"]:
-                yield part.get("text", "")
-    yield from ROLES * 200
+    """Questions and answers of all tasks, of two sets of sizes, and the chat's fixed words."""
+    for diameters in (DIAMETERS, PhantomConfig().diameters):
+        yield from question_texts(PhantomConfig(diameters=diameters), TEXTS)
+    yield from ROLES * TEXTS
 
 
 def build_tokenizer():

@@ -41,6 +41,7 @@ class PhantomConfig:
     ground_glass: float = setting(0.5, "share of lung nodules that are ground glass; the others are solid")
     follow_up: float = setting(0.4, "share of patients with a second scan")
     growth: float = setting(1.4, "smallest ratio between the classes of a lesion that has grown or shrunk")
+    option_orders: int = setting(1, "times that each size is asked by letter, with the options in other orders")
     limited_fov: float = setting(0.5, "share of the other patients whose field of view leaves organs out")
     roll: float = setting(6.0, "largest turn about the long axis, degrees")
     tilt: float = setting(3.0, "largest turn about each of the other two axes, degrees")
@@ -54,6 +55,8 @@ class PhantomConfig:
         for name in ("lesion_probability", "follow_up", "limited_fov", "ground_glass"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a probability from 0 to 1")
+        if self.option_orders < 1:
+            raise ValueError(f"option_orders is {self.option_orders}; give 1 or more")
         if self.max_lesions < 1 or self.max_lesions > 3:
             raise ValueError(f"max_lesions is {self.max_lesions}; the count questions know 1, 2 and 3")
         steps = [b - a for a, b in itertools.pairwise(self.diameters)]

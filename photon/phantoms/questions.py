@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from photon.phantoms.anatomy import COUNT_ORGANS, FOV_ORGANS, LABELS, LESION_ORGANS
 from photon.phantoms.patient import CHANGES, stream
 
+PAIRS = ("kidney", "lung")
 ANSWERS = {
     "presence": ("yes", "no"),
     "side": ("left", "right"),
@@ -58,7 +59,7 @@ def scan_questions(facts, config):
                 yield "size_choice", name, f"{nearest:g}"
             if "lung" not in name:
                 yield "attenuation", name, found[name][0]["attenuation"]
-    for pair in ("kidney", "lung"):
+    for pair in PAIRS:
         sides = [side for side in ("left", "right") if found[f"{side} {pair}"]]
         if len(sides) == 1 and {f"left {pair}", f"right {pair}"} <= complete:
             yield "side", pair, sides[0]
@@ -91,7 +92,7 @@ def patient_questions(folder, scans, split, config):
 
 def evidence(key):
     """Labels of the organs that a question's key names: one organ, both of a pair, or without a key all six."""
-    return [LABELS[name] for name in (LESION_ORGANS if key in ("", "kidney", "lung") else (key,)) if key in name]
+    return [LABELS[name] for name in (LESION_ORGANS if key in ("", *PAIRS) else (key,)) if key in name]
 
 
 def write_questions(candidates, seed, config):
@@ -113,11 +114,13 @@ def write_questions(candidates, seed, config):
         answers = ANSWERS[cell[1]] or sizes
         kept = min(len(by_answer[answer]) for answer in answers)
         left[cell[1]] += sum(len(group) for group in by_answer.values()) - kept * len(answers)
-        orders = [rng.permutation(len(answers)) for _ in range(kept)]
-        for answer in answers:
-            group = by_answer[answer]
-            for i, pick in enumerate(rng.permutation(len(group))[:kept]):  # the i-th of each answer gets the same text
-                rows.append(_word(group[pick], i, [answers[j] for j in orders[i]], answers, config))
+        for repeat in range(config.option_orders if cell[1] == "size_choice" else 1):
+            orders = [rng.permutation(len(answers)) for _ in range(kept)]
+            for answer in answers:
+                group = by_answer[answer]
+                for i, pick in enumerate(rng.permutation(len(group))[:kept]):  # each answer's i-th gets the same text
+                    row = _word(group[pick], i, [answers[j] for j in orders[i]], answers, config)
+                    rows.append({**row, "id": f"{row['id']}-{repeat + 1}"} if repeat else row)
     return sorted(rows, key=lambda row: row["id"]), left
 
 
@@ -134,6 +137,19 @@ def _word(row, i, options, answers, config):
     reply = [{"type": "text", "text": answer}]
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
     return {**row, "messages": messages, "answer": answer, "choices": None if task == "size_open" else list(answers)}
+
+
+def question_texts(config, count, seed=0):
+    """Yields the texts of `count` questions of each task, and of their answers: what a tokenizer should know."""
+    rng, sizes = stream(seed, 2**31), [f"{d:g}" for d in config.diameters]
+    for task, answers in ANSWERS.items():
+        keys = {"side": PAIRS, "fov": FOV_ORGANS}.get(task, LESION_ORGANS)
+        for i in range(count):
+            options = [sizes[j] for j in rng.permutation(len(sizes))]
+            possible = answers or sizes
+            row = {"task": task, "key": keys[i % len(keys)], "answer": possible[i % len(possible)], "volumes": ()}
+            for message in _word(row, i, options, possible, config)["messages"]:
+                yield message["content"][-1]["text"]
 
 
 def blind_baseline(train, test):

@@ -1,0 +1,69 @@
+"""Trains the arms of `arms.py` from answers alone, measures them, and writes the tables of docs/evidence.md.
+
+    python -m photon.evidence --output evidence                       everything; hours on a CPU (make evidence)
+    python -m photon.evidence --output evidence --arms exact release  some arms
+    python -m photon.evidence --output /tmp/smoke --preset smoke      the same in small, two minutes
+
+Stopped, it goes on where it was: data, trainings and measures that are there are not made again. Each arm's records
+lie in OUTPUT/ARM-SEED/records.json. Without `--report` nothing outside OUTPUT is written.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from photon.evidence.arms import ARMS
+from photon.evidence.measuring import CONTROLS, measure
+from photon.evidence.report import arm_table, plot, result_of, write_tables
+from photon.evidence.trainings import PRESETS, ROOT, make_data, seconds_of, test_rows, train
+from photon.run_folder import write_whole
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of data, trainings and records")
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], metavar="ARM", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="only these of each arm")
+    parser.add_argument(
+        "--report", action="store_true", help="write benchmarks/results/evidence.json and docs/evidence.md"
+    )
+    return parser.parse_args(argv)
+
+
+def jobs(args, preset):
+    """(arm, seed) in turn: first one seed of every arm, then the next."""
+    chosen = [arm for arm in ARMS if arm.name in (args.arms or preset.arms or [a.name for a in ARMS])]
+    seeds = range(max((min(arm.seeds, preset.seeds) for arm in chosen), default=0))
+    return [
+        (arm, seed)
+        for seed in seeds
+        for arm in chosen
+        if seed < arm.seeds and (args.seeds is None or seed in args.seeds)
+    ]
+
+
+def main(argv=None):
+    args = parse(argv)
+    preset, folder = PRESETS[args.preset], args.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    make_data(folder, preset)
+    rows, found, asked = test_rows(folder, preset.rows), {}, jobs(args, preset)
+    for number, (arm, seed) in enumerate(asked, start=1):
+        print(f"{number} of {len(asked)}: {arm.name}, seed {seed}", file=sys.stderr)
+        final = train(folder, arm, seed, preset)
+        controls = CONTROLS if seed == 0 else ()
+        records = measure(final, rows, folder / "cache", final.parent / "records.json", controls, dense=arm.dense)
+        found.setdefault(arm.name, []).append((records, seconds_of(final.parent)))
+    result = result_of(found, preset)
+    write_whole(folder / "evidence.json", json.dumps(result, indent=1) + "\n")
+    print(arm_table(result))
+    if args.report:
+        write_whole(ROOT / "benchmarks" / "results" / "evidence.json", json.dumps(result, indent=1) + "\n")
+        plot(result, ROOT / "docs" / "evidence.png")
+        write_tables(result, ROOT / "docs" / "evidence.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""How well a trained model answers phantoms' questions, and which tokens it keeps for them.
+
+Each measured question is one record: whether the answer is right under each condition, the share kept, and how many of
+the tokens that hold the asked organ, and its lesions, are among the kept ones. Chance of a recall is the share kept;
+chance of a precision is the share of tokens that hold the organ.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from photon.evaluation.dealing import batches, grouped
+from photon.evaluation.encoded_scans import EncodedScans
+from photon.evaluation.measures import same_answer
+from photon.evaluation.models import load_model
+from photon.evaluation.swapping import swapped
+from photon.run_folder import write_whole
+from photon.schedulers import use_scheduler
+from photon.training.losses.evidence import evidence_tokens
+from photon.training.losses.label_maps import PRESENT, TokenLabels
+
+BATCH, LONGEST_ANSWER = 16, 4  # questions at a time; tokens: each answer is one word
+CLASSES = 11  # labels of the phantoms' maps, and background
+CONTROLS = ("none", "random", "flipped", "other")  # beside "own", the model as it is
+
+
+class Recorder(nn.Module):
+    """A scheduler that lets another one choose, and keeps what it chose: `schedule`, of the last prompt."""
+
+    def __init__(self, reference):
+        super().__init__()
+        self.reference, self.needs, self.schedule = reference, reference.needs, None
+
+    def forward(self, inputs):
+        self.schedule = self.reference(inputs)
+        return self.schedule
+
+
+def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False):
+    """Measures the model in folder `source` on rows of phantoms; writes and returns a list of records.
+
+    Args: rows: of `load_benchmark("jsonl", ...)`, with `labels`, `lesions` and `evidence`; cache_dir: folder of
+        preprocessed scans; output: the JSON file, read instead where it exists; controls: some of `CONTROLS`; dense:
+        the model keeps all tokens.
+    """
+    if Path(output).is_file():
+        return json.loads(Path(output).read_text(encoding="utf-8"))
+    model = load_model(source, torch.device("cpu"), max_new_tokens=LONGEST_ANSWER, cache_dir=str(cache_dir))
+    records = {
+        row["id"]: {"id": row["id"], "patient": row["patient"], "task": row["task"], "right": {}} for row in rows
+    }
+    own = Recorder(model.model.model.language_model.scheduler)
+    labels = TokenLabels(model.processor.image_processor, CLASSES, cache_dir)
+    for condition in ("own", *(() if dense else controls)):
+        model.model.set_scheduler(own)
+        model.options, model.prefix_of = {"use_scheduler": False} if dense else {}, None
+        if condition == "none":
+            model.options = {"token_budget": 0}
+        elif condition in ("random", "flipped"):
+            model.model.set_scheduler(own.reference)
+            use_scheduler(model.model, condition)
+        asked = swapped(rows) if condition == "other" else rows
+        groups = grouped(asked)
+        scans = EncodedScans(model, list(groups))
+        for key, questions in tqdm(
+            groups.items(), desc=f"{output.parent.name}: {condition}", unit="scan", leave=False
+        ):
+            taken = scans.take(key)
+            for batch in batches(questions, BATCH, by_letter=False):
+                for place, (row, answer) in enumerate(zip(batch, model.answer(batch, taken), strict=True)):
+                    record = records[row["id"]]
+                    record["right"][condition] = bool(same_answer(answer["prediction"], row["answer"]))
+                    if condition == "own" and not dense:
+                        schedule = own.schedule
+                        keep = schedule.keep_mask[place, : int(schedule.visual_count[place])]
+                        record |= {"kept": answer["kept"], **found_tokens(keep, row, labels)}
+    records = list(records.values())
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, json.dumps(records) + "\n")
+    return records
+
+
+def found_tokens(keep, row, labels):
+    """How many tokens hold the organs that a question names, their lesions, both kept or not; keep (V,) bool."""
+    targets = [labels(row, number) for number in range(len(row["volumes"]))]
+    organ = evidence_tokens(targets, row["evidence"])  # (V,)
+    lesion = (torch.cat(targets)[:, :, 1][..., row["evidence"]] > PRESENT).any(-1).any(-1)
+    counts = {"tokens": len(keep), "kept_tokens": keep, "organ": organ, "organ_kept": organ & keep, "lesion": lesion}
+    counts["lesion_kept"] = lesion & keep
+    return {name: value if isinstance(value, int) else int(value.sum()) for name, value in counts.items()}

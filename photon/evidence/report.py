@@ -1,0 +1,173 @@
+"""Figures of the arms with intervals over patients, as JSON, tables and a plot."""
+
+import os
+import platform
+import re
+from datetime import date
+
+import numpy as np
+
+from photon.evidence.arms import ARMS
+
+TASKS = ("presence", "side", "attenuation", "fov", "count", "largest", "size_choice", "size_open", "comparison")
+DRAWS = 2000
+TOKENS = ("tokens", "kept_tokens", "organ", "organ_kept", "lesion", "lesion_kept")
+MARK = "<!-- {}: begin -->\n{}\n<!-- {}: end -->"
+
+
+def interval(records, parts, figure):
+    """[value, low, high] of `figure(sums)`; records of one or several seeds, whose patients are drawn together.
+
+    Args: parts: (records, P) numbers that add up; figure: maps sums (..., P) to (...).
+    """
+    patients = sorted({record["patient"] for record in records})
+    place = {name: i for i, name in enumerate(patients)}
+    sums = np.zeros((len(patients), parts.shape[1]))
+    np.add.at(sums, [place[record["patient"]] for record in records], parts)
+    draws = np.random.default_rng(0).multinomial(len(patients), np.full(len(patients), 1 / len(patients)), DRAWS)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = np.nanpercentile(figure(draws @ sums), [2.5, 97.5])
+        value = figure(sums.sum(0))
+    return [None if np.isnan(x) else round(float(x), 4) for x in (value, low, high)]
+
+
+def accuracies(records, condition):
+    """{task or "mean": [value, low, high]}, shares of questions answered right."""
+    known = [task for task in TASKS if any(record["task"] == task for record in records)]
+    parts = np.zeros((len(records), 2 * len(known)))
+    for i, record in enumerate(records):
+        column = known.index(record["task"])
+        parts[i, column], parts[i, len(known) + column] = record["right"][condition], 1
+
+    def shares(sums):
+        return sums[..., : len(known)] / sums[..., len(known) :]
+
+    found = {task: interval(records, parts, lambda sums, i=i: shares(sums)[..., i]) for i, task in enumerate(known)}
+    return found | {"mean": interval(records, parts, lambda sums: np.nanmean(shares(sums), axis=-1))}
+
+
+def evidence_found(records):
+    """Recall and precision of the organ's tokens and recall of its lesions' tokens, each with what chance gives."""
+    parts = np.array([[record[name] for name in TOKENS] for record in records], float)
+    column = {name: i for i, name in enumerate(TOKENS)}
+
+    def ratio(part, whole):
+        return interval(records, parts, lambda sums: sums[..., column[part]] / sums[..., column[whole]])
+
+    return {
+        "kept": ratio("kept_tokens", "tokens"),
+        "organ_recall": ratio("organ_kept", "organ"),
+        "organ_precision": ratio("organ_kept", "kept_tokens"),
+        "organ_precision_of_chance": ratio("organ", "tokens"),
+        "lesion_recall": ratio("lesion_kept", "lesion"),
+    }
+
+
+def result_of(found, preset):
+    """All figures as JSON takes them. found: {name of the arm: [(records, seconds of training) of each seed]}."""
+    rows = []
+    for arm in (arm for arm in ARMS if arm.name in found):
+        seeds = found[arm.name]
+        together = [record for records, _ in seeds for record in records]
+        seconds = [s for _, s in seeds if s is not None]
+        row = {"arm": arm.name, "says": arm.says, "seeds": len(seeds), "steps": preset.steps}
+        row["seconds"] = round(float(np.mean(seconds))) if seconds else None
+        row["accuracy"] = accuracies(together, "own")
+        row["mean_by_seed"] = [accuracies(records, "own")["mean"][0] for records, _ in seeds]
+        if not arm.dense:
+            row["evidence"] = evidence_found(together)
+            row["recall_by_seed"] = [evidence_found(records)["organ_recall"][0] for records, _ in seeds]
+            first = seeds[0][0]
+            row["controls"] = {name: accuracies(first, name)["mean"] for name in first[0]["right"] if name != "own"}
+        rows.append(row)
+    by_name = {row["arm"]: row for row in rows}
+    ratios = {
+        f"{name}_minus_dense": round(row["accuracy"]["mean"][0] - by_name["dense"]["accuracy"]["mean"][0], 4)
+        for name, row in by_name.items()
+        if "dense" in by_name and name != "dense"
+    }
+    questions, patients = len(seeds[0][0]), len({record["patient"] for record in seeds[0][0]})
+    return {
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "date": date.today().isoformat(),
+        "questions": questions,
+        "patients": patients,
+        "rows": rows,
+        "ratios": ratios,
+    }
+
+
+def percent(figure, bounds=True):
+    if figure is None or figure[0] is None:
+        return ""
+    value, low, high = (100 * x for x in figure)
+    return f"{value:.1f} ({low:.1f} to {high:.1f})" if bounds else f"{value:.1f}"
+
+
+def arm_table(result):
+    """The table of accuracies and found evidence, in Markdown."""
+    tasks = [task for task in TASKS if task in result["rows"][0]["accuracy"]]
+    head = [
+        "arm",
+        "seeds",
+        "seconds",
+        "kept",
+        "organ recall",
+        "organ precision",
+        "lesion recall",
+        *tasks,
+        "mean (95 %)",
+    ]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in head) + " |", "|---" * len(head) + "|"]
+    for row in result["rows"]:
+        evidence = row.get("evidence", {})
+        names = ("kept", "organ_recall", "organ_precision", "lesion_recall")
+        cells = [row["says"], row["seeds"], row["seconds"] or ""]
+        cells += [percent(evidence.get(name), bounds=False) for name in names]
+        cells += [percent(row["accuracy"][task], bounds=False) for task in tasks] + [percent(row["accuracy"]["mean"])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def control_table(result):
+    """Mean accuracy with the kept tokens replaced, seed 0, in Markdown."""
+    names = {"none": "no token left", "random": "random, as many", "flipped": "least salient, as many",
+             "other": "another patient's scan"}  # fmt: skip
+    lines = ["| arm | as trained | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
+    for row in result["rows"]:
+        if "controls" in row:
+            cells = [row["says"], f"{100 * row['mean_by_seed'][0]:.1f}"]
+            cells += [percent(row["controls"].get(name), bounds=False) for name in names]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_tables(result, page):
+    """Puts the tables between their marks in a Markdown page. Raises `ValueError` where it has no such marks."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in (("arms", arm_table(result)), ("controls", control_table(result))):
+        pattern = re.compile(MARK.format(name, ".*?", name), re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"{page.name} has no mark '<!-- {name}: begin -->'.")
+        text = pattern.sub(lambda _, name=name, table=table: MARK.format(name, table, name), text)
+    page.write_text(text, encoding="utf-8")
+
+
+def plot(result, file):
+    """Recall of the asked organ's tokens against mean accuracy, one point a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    for number, row in enumerate(row for row in result["rows"] if "evidence" in row):
+        means = [100 * value for value in row["mean_by_seed"]]
+        recalls = [100 * value for value in row["recall_by_seed"]]
+        axis.scatter(recalls, means, color=f"C{number % 10}", marker="os^D"[number // 10], label=row["arm"])
+    for row in result["rows"]:
+        if row["arm"] == "dense":
+            axis.axhline(100 * row["accuracy"]["mean"][0], color="0.5", linestyle=":", label="dense")
+    axis.set(xlabel="recall of the tokens that hold the asked organ, %", ylabel="mean accuracy of the tasks, %")
+    axis.legend(fontsize=8, ncols=2)
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,130 @@
+"""Data, start and trainings of the arms, each in a folder of its own; what is there already is not made again."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from photon.run_folder import write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+PHANTOMS = (
+    "--diameters", "20", "29", "42", "--contrast", "140", "210", "--ground-glass", "0", "--follow-up", "0.5",
+    "--option-orders", "2",
+)  # fmt: skip
+RECIPE = "configs/recipe_tiny_exact.yaml"
+START = {
+    "surrogate": "exact", "saliency": "attention", "saliency_scale": "standard", "keep_budget": 0.1, "band_weight": 0,
+    "robust_probability": 0, "flip_probability": 0,
+}  # fmt: skip
+# glibc would give large blocks back to the system after each operation, and fetch them again for the next
+QUIET = {
+    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "67108864",
+}  # fmt: skip
+TRAIN_SEED, TEST_SEED = 1, 2  # of patients: none is in both
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of all parts. patients, test_patients: of the data; steps: of each arm; seeds: at most; rows: measured."""
+
+    patients: int
+    test_patients: int
+    steps: int
+    seeds: int
+    rows: int
+    batch: int = 32
+    arms: tuple | None = None
+
+
+PRESETS = {
+    "full": Preset(patients=2000, test_patients=300, steps=500, seeds=3, rows=1500),
+    "smoke": Preset(
+        patients=16, test_patients=16, steps=4, seeds=1, rows=24, batch=8, arms=("dense", "exact", "release")
+    ),
+}
+
+
+def command(*parts, log=None):
+    """Runs a command of this repository in a process of its own, with one thread."""
+    environment = {**QUIET, **os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *map(str, parts)], cwd=ROOT, env=environment, stdout=log, stderr=log)
+    if result.returncode:
+        raise RuntimeError(f"{parts[0]} ended with {result.returncode}" + (f"; see {log.name}" if log else ""))
+
+
+def make_data(folder, preset):
+    """Training and test patients, of two seeds."""
+    for name, seed, patients, shares in (
+        ("train", TRAIN_SEED, preset.patients, ("--test", "0", "--val", "0")),
+        ("test", TEST_SEED, preset.test_patients, ("--test", "1", "--val", "0")),
+    ):
+        if not (folder / name / f"{name}.jsonl").is_file():
+            command("-m", "photon.phantoms", "--output", folder / name, "--patients", patients, "--workers",
+                    os.cpu_count() or 1, "--seed", seed, *shares, *PHANTOMS)  # fmt: skip
+
+
+def make_start(folder, seed):
+    """Untrained weights behind the root's vision tower."""
+    start = folder / f"start{seed}"
+    if not (start / "model.safetensors").is_file():
+        fields = [f"{name}={json.dumps(value)}" for name, value in START.items()]
+        command("scripts/build_root.py", "--output", start, "--tower", ROOT, "--seed", seed, "--photon", *fields)
+    return start
+
+
+def train(folder, arm, seed, preset):
+    """Trains an arm with a seed, or goes on with it. Returns the folder of the trained model."""
+    run = folder / f"{arm.name}-{seed}"
+    if (run / "final" / "model.safetensors").is_file():
+        return run / "final"
+    data = folder / "train" / "train.jsonl"
+    if arm.labelled:
+        data = labelled_rows(folder, arm.labelled)
+    photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
+    labels = ["--evidence-weight", "1"] if arm.labelled else []
+    resume = ["--resume"] if (run / "run.json").is_file() else []
+    run.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{run.name}.log", "ab") as log:
+        command(
+            "train_hf.py", RECIPE, "--model", make_start(folder, seed), "--output-dir", run, "--train-data", data,
+            "--cache-dir", folder / "cache", "--cache-features", "--use-cpu", "--max-steps", preset.steps,
+            "--per-device-train-batch-size", preset.batch, "--seed", seed, *arm.options, *labels,
+            *(["--photon", *photon] if photon else []), *resume, log=log,
+        )  # fmt: skip
+    return run / "final"
+
+
+def labelled_rows(folder, share):
+    """The training rows, of which the first `share` of patients keep their `evidence` and the others have none."""
+    file = folder / "train" / f"train_labels_{share:g}.jsonl"
+    if not file.is_file():
+        rows = [json.loads(line) for line in open(folder / "train" / "train.jsonl", encoding="utf-8")]
+        patients = sorted({row["patient"] for row in rows})
+        kept = set(patients[: max(1, round(share * len(patients)))])
+        rows = [row if row["patient"] in kept else {**row, "evidence": []} for row in rows]
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def seconds_of(run):
+    """Seconds of a finished training, from its log; `None` where it was resumed, since the log then has a part."""
+    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    lines = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
+    return next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
+
+
+def test_rows(folder, count):
+    """The test questions of the first patients, about `count`, with absolute paths."""
+    root, rows = folder / "test", []
+    for line in open(root / "test.jsonl", encoding="utf-8"):
+        row = json.loads(line)
+        if len(rows) >= count and row["patient"] != rows[-1]["patient"]:
+            break
+        paths = {name: [str(root / path) for path in row[name]] for name in ("labels", "lesions")}
+        volumes = [{"path": str(root / path)} for path in row["volumes"]]
+        rows.append({**row, **paths, "volumes": volumes, "kind": "text", "subtask": row["task"]})
+    return rows
