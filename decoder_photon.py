@@ -24,7 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_photon import PhotonConfig
-from .objectives_photon import CutLearning
+from .objectives_photon import CutLearning, other_tokens
 from .prefix_photon import Cut, PhotonCache, layout_of
 from .prompt_photon import real_places
 from .scheduling_photon import (
@@ -102,6 +102,8 @@ class CutDecoder(CutLearning):
             if scan is not None:
                 inputs = self.scheduler_inputs(scan, scores, hidden_states, layer)
                 schedule = self.scheduler(inputs).to(hidden_states.device)
+                if scan.others is not None:
+                    schedule.keep_mask = other_tokens(schedule.keep_mask, scan.visual, scan.others)
                 if prefix is not None and prefix.reuse == "select" and schedule.hidden_states is not None:
                     raise ValueError('The scheduler merges tokens, whose keys reuse="select" has. Use reuse="exact".')
                 hidden_states, gate = self._weigh(hidden_states, scan, schedule)
@@ -387,13 +389,14 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         flip: torch.BoolTensor | None = None,
         row_weight: torch.FloatTensor | None = None,
         scheduler_features: dict | None = None,
+        others: int | None = None,
         prefix=None,
         **kwargs,
     ) -> PhotonModelOutputWithPast:
         """
         Args beyond the parent's: visual_mask, question_mask (B, S) bool, places of visual tokens and of the question;
             without them nothing is scheduled. keep_count (B,): keep so many. flip (B,) bool: keep the others.
-            row_weight (B,): each row's share of the loss. scheduler_features: see `ScanRequest`. prefix:
+            row_weight (B,): each row's share of the loss. scheduler_features, others: see `ScanRequest`. prefix:
             see `run_layers`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -423,7 +426,7 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
         if visual_mask is not None:
             real = real_places(attention_mask, visual_mask)
             scan = ScanRequest(
-                visual_mask, question_mask, real, keep_count, flip, row_weight, scheduler_features or {}
+                visual_mask, question_mask, real, keep_count, flip, row_weight, scheduler_features or {}, others
             )
         with nullcontext() if scan is None or prefix is not None else self.recording(scan.recorded):
             hidden_states, schedule, keep_index = self.run_layers(

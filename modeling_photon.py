@@ -25,7 +25,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.utils import can_return_tuple
 
 from .decoder_photon import PhotonModelOutputWithPast, PhotonPreTrainedModel, PhotonTextModel
-from .objectives_photon import Objective, PhotonCausalLMOutputWithPast, all_losses, encode_in_parts, full_length
+from .objectives_photon import (
+    Objective,
+    PhotonCausalLMOutputWithPast,
+    all_losses,
+    encode_in_parts,
+    full_length,
+    grounding_of_answers,
+)
 from .prefix_photon import PhotonCache, PrefixModel
 from .prompt_photon import (
     NO_MASKS,
@@ -145,6 +152,7 @@ class PhotonModel(PrefixModel, PromptPositions, PromptFeatures, PhotonPreTrained
         use_scheduler: bool | None = None,
         flip: torch.BoolTensor | None = None,
         row_weight: torch.FloatTensor | None = None,
+        others: int | None = None,
         scan=None,
         output_full_length: bool | None = None,
         **kwargs,
@@ -160,6 +168,7 @@ class PhotonModel(PrefixModel, PromptPositions, PromptFeatures, PhotonPreTrained
             use_scheduler: False answers from all visual tokens; default `config.use_scheduler`, or True with a budget.
             flip (B,) bool: rows that keep what they would drop.
             row_weight (B,): each row's share of the loss, for the surrogate gradient.
+            others: a seed by which as many others are drawn, of those that would be dropped; see `grounding`.
             scan: `ScanPrefix` of `encode_scan`, with which the prompts begin; vision and the layers below the cut are
                 not run on it again. With it, pixel_values_videos need not be passed; if it is, it must be the same.
             output_full_length: give `last_hidden_state` of the prompt's length (B, S, D), with zeros where a token was
@@ -207,6 +216,7 @@ class PhotonModel(PrefixModel, PromptPositions, PromptFeatures, PhotonPreTrained
                 "keep_count": keep_counts(visual.sum(-1), token_budget, keep_ratio),
                 "flip": flip,
                 "row_weight": row_weight,
+                "others": others,
                 "scheduler_features": self.scheduler_features(
                     input_ids, visual, question_mask, mm_encoder_outputs, scan
                 ),
@@ -399,6 +409,8 @@ class PhotonForConditionalGeneration(PhotonPreTrainedModel, Qwen2_5_VLForConditi
         if scan is not None:
             kwargs = self.model.with_prefix(kwargs.get("input_ids", inputs), scan, kwargs)
         return super().generate(inputs, *args, past_key_values=past_key_values, **kwargs)
+
+    grounding = grounding_of_answers
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:

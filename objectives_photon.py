@@ -3,6 +3,7 @@
 - Losses (paper section 3.4; numbers of the release): next-token loss, band, robust, flip. A batch may mix kinds of
   rows. Every term is weighted by a row's answer tokens, so that one batch of four rows, and four batches of one row
   with the same `num_items`, give the same loss.
+- Grounding: how much better an answer follows from the kept tokens than from others.
 - The cut (SGP, surrogate gradient propagation, section 3.3): deleting a token is a step without a slope, so the keep
   probabilities need a gradient from elsewhere. `surrogate_gather` gathers the kept tokens with the release's backward
   rule; `soft_weight` weights hidden states in the soft phase, in which nothing is deleted; `gate_mask` and
@@ -108,10 +109,7 @@ def all_losses(logits, labels, outputs, objective, row_weight, total, config, ba
         `PhotonModel`; objective (B,) or `None`; row_weight (B,), each row's share of the loss; total: answer tokens of
         the whole step; band: whether the band loss counts; head: as of `answer_losses`.
     """
-    keep_index = outputs.keep_index
-    if keep_index is not None:
-        labels = gather_places(labels, keep_index).masked_fill(keep_index < 0, -100)
-    target = F.pad(labels, (0, 1), value=-100)[:, 1:]  # place s predicts the token at s + 1
+    target = targets_of(labels, outputs.keep_index)
     sums, _ = answer_losses(logits, target, objective, config.flip_eps, head)  # (B,)
     lm_loss, band_loss = sums.sum() / total, sums.new_zeros(())
     if outputs.keep_prob is not None and band:
@@ -122,6 +120,14 @@ def all_losses(logits, labels, outputs, objective, row_weight, total, config, ba
             rows = rows * (objective == Objective.ANSWER)
         band_loss = (rows * row_weight).sum()
     return {"loss": lm_loss + config.band_weight * band_loss, "lm_loss": lm_loss, "band_loss": band_loss}
+
+
+def targets_of(labels, keep_index):
+    """(B, S'): the token that each place predicts, -100 where there is none. labels (B, S) of the unpruned sequence;
+    keep_index (B, S') or `None` where nothing was cut."""
+    if keep_index is not None:
+        labels = gather_places(labels, keep_index).masked_fill(keep_index < 0, -100)
+    return F.pad(labels, (0, 1), value=-100)[:, 1:]  # place s predicts the token at s + 1
 
 
 def full_length(values, keep_index, length):
@@ -168,6 +174,58 @@ def encode_in_parts(encode, patches, grids, limit):
             pooled[volume].append(tokens)
         begin = end
     return BaseModelOutputWithPooling(torch.cat(states), [torch.cat(tokens) for tokens in pooled])
+
+
+# === Grounding =======================================================================================================
+
+
+def other_tokens(keep, visual, seed):
+    """As many tokens as are kept, drawn of those that are not (all of these, where they are fewer).
+
+    keep, visual (B, V) bool. The draw of a row does not depend on the other rows. Returns (B, V) bool.
+    """
+    chance = torch.rand(visual.shape[1], generator=torch.Generator().manual_seed(seed)).to(visual.device)
+    order = chance.masked_fill(~(visual & ~keep), -1.0).argsort(dim=-1, descending=True)
+    chosen = torch.arange(visual.shape[1], device=visual.device) < keep.sum(-1, keepdim=True)
+    return torch.zeros_like(visual).scatter(1, order, chosen) & visual & ~keep
+
+
+@torch.no_grad()
+def grounding_of_answers(model, sequences, draws=4, **inputs):
+    """How much better an answer follows from the tokens that were kept than from others:
+    log p(answer | kept) - log p(answer | as many others), in nats, the second a mean over `draws` random sets.
+
+        output = model.generate(**inputs)
+        model.grounding(output, **inputs)
+
+    Near 0 the kept tokens told the model no more than any others would have; that says nothing about why.
+
+    Args: sequences (B, S + T): what `generate` returned for these inputs; inputs: as of `generate`.
+    Returns: (B,) float32; `nan` for a row without visual tokens.
+    Raises: `ValueError` where the sequences do not begin with the prompts.
+    """
+    prompt, stops = inputs.pop("input_ids"), model.generation_config.eos_token_id
+    length = prompt.shape[1]
+    if sequences.shape[1] <= length or not torch.equal(sequences[:, :length], prompt):
+        raise ValueError("The sequences must begin with the prompts and go on; pass what `generate` returned for them.")
+    answers = sequences[:, length:]
+    ended = torch.isin(answers, torch.tensor(stops, device=answers.device)).cumsum(-1)
+    real = ended - torch.isin(answers, torch.tensor(stops, device=answers.device)).long() == 0  # with the first stop
+    mask = inputs.pop("attention_mask", torch.ones_like(prompt))
+    labels = torch.cat([torch.full_like(prompt, -100), answers.masked_fill(~real, -100)], dim=1)
+    if (types := inputs.pop("mm_token_type_ids", None)) is not None:
+        inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(answers, dtype=types.dtype)], dim=1)
+    given = {"input_ids": sequences, "attention_mask": torch.cat([mask, real.to(mask.dtype)], dim=1), **inputs}
+
+    def log_prob(others=None):
+        outputs = model.model(**given, others=others, use_cache=False, output_full_length=False)
+        target = targets_of(labels, outputs.keep_index)
+        return -answer_losses(outputs.last_hidden_state, target, head=model.lm_head)[0], outputs.visual_count
+
+    kept, count = log_prob()
+    others = sum(log_prob(others=seed)[0] for seed in range(draws)) / draws
+    nothing = torch.ones_like(kept, dtype=torch.bool) if count is None else count == 0
+    return (kept - others).masked_fill(nothing, torch.nan)
 
 
 # === The gradient of the cut =========================================================================================

@@ -32,7 +32,7 @@ class ScanRequest:
     visual_mask, question_mask, real (B, S) bool: places of visual tokens, of the question, and of all but padding;
     keep_count (B,) or `None`: keep exactly so many; flip (B,) bool or `None`: rows that keep what they would drop;
     row_weight (B,) or `None`: each row's share of the loss; features: what the scheduler needs beside the scoring
-    layer, by the names of `SchedulerInputs`; recorded: {name: (B, S, ...)} of its `record_layers`, while layers run.
+    layer, by names of `SchedulerInputs`; others: seed to keep as many others; recorded: {name: (B, S, ...)} of layers.
     """
 
     visual_mask: torch.Tensor
@@ -42,6 +42,7 @@ class ScanRequest:
     flip: torch.Tensor | None = None
     row_weight: torch.Tensor | None = None
     features: dict = field(default_factory=dict)
+    others: int | None = None
     recorded: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -297,9 +298,8 @@ class TokenScheduler(nn.Module):
             else:
                 logits = saliency_logits(queries, visual_keys, weights, inputs.scaling) * visual
             saliency = scale_saliency(logits, visual, config.saliency_eps)
-            parts = (saliency, logits)
-            if config.surrogate != "exact":  # whose gradient is that of all that moves the loss
-                parts = (saliency.detach(), logits.detach())
+            exact = config.surrogate == "exact"  # the gradient of all that moves the loss
+            parts = (saliency, logits) if exact else (saliency.detach(), logits.detach())
             statistics = saliency_statistics(*parts, visual)
             scaled = saliency
             if config.saliency_scale == "standard":
