@@ -89,6 +89,11 @@ def parse(argv=None):
     parser.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient tokens")
     parser.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the tokens")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of the answer")
+    parser.add_argument(
+        "--grounding",
+        action="store_true",
+        help="tell how much better the answer follows from the kept tokens than from as many others",
+    )
     parser.add_argument("--series", type=int, help="which DICOM series of a folder")
     parser.add_argument("--frame", type=int, help="which frame of a 4D scan")
     add_read_argument(parser)
@@ -110,7 +115,17 @@ def wrong_question(args):
     if args.inspect:
         if len(args.scans) != 1:
             return "--inspect takes one scan and no question."
-        asked = ("dense", "token_budget", "keep_ratio", "max_new_tokens", "keep_map", "window", "html", "compare")
+        asked = (
+            "dense",
+            "token_budget",
+            "keep_ratio",
+            "max_new_tokens",
+            "keep_map",
+            "window",
+            "html",
+            "compare",
+            "grounding",
+        )
         given = ["--" + name.replace("_", "-") for name in asked if getattr(args, name) not in (None, False)]
         return f"--inspect asks no question; leave out {', '.join(given)}." if given else None
     if len(args.scans) < 2 or os.path.exists(args.scans[-1]):  # a path is no question, and would be drawn
@@ -119,6 +134,8 @@ def wrong_question(args):
         return "The question is empty."
     if sum((args.dense, args.token_budget is not None, args.keep_ratio is not None)) > 1:
         return "--dense, --token-budget and --keep-ratio exclude each other."
+    if args.grounding and args.dense:
+        return "--grounding compares the kept tokens with others, but --dense keeps all; choose one."
     return None
 
 
@@ -164,6 +181,7 @@ def run(args):
         "keep_ratio": args.keep_ratio,
         "use_scheduler": False if args.dense else None,
         "max_new_tokens": args.max_new_tokens,
+        "grounding": args.grounding or None,
     }
     options = {key: value for key, value in options.items() if value is not None}
     questions = [question, *(args.compare or ())]

@@ -73,6 +73,11 @@ def parse(argv=None):
     )
     group.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient visual tokens")
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
+    group.add_argument(
+        "--grounding",
+        action="store_true",
+        help="also tell how much better each answer follows from the kept tokens than from others",
+    )
     group = parser.add_argument_group("scans")
     group.add_argument("--modality", choices=["auto", "ct", "mr"], default="auto", help="what the scans are")
     add_read_argument(group)
@@ -124,6 +129,8 @@ def wrong_arguments(args):
         return "--swap-scans is for a run; predictions of swapped scans are scored as they are."
     if sum((args.scheduler == "off", args.token_budget is not None, args.keep_ratio is not None)) > 1:
         return "--scheduler off, --token-budget and --keep-ratio exclude each other."
+    if args.grounding and (args.scheduler == "off" or args.choices == "logprob"):
+        return "--grounding is of written answers from kept tokens: leave --scheduler off and --choices logprob out."
     if args.token_budget is not None and args.token_budget < 0:
         return "--token-budget is a number of tokens, 0 or more."
     if args.keep_ratio is not None and not 0 <= args.keep_ratio <= 1:

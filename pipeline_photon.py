@@ -26,6 +26,9 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
     image, (array, affine), or a dict {"path": ...} or {"volume": ...} with reading options. Arguments of `generate`
     (`max_new_tokens`, `token_budget`, `keep_ratio`, `use_scheduler`, ...) may follow, by name.
 
+    With `grounding=True` each answer also gets "grounding": how much better it follows from the tokens that were kept
+    than from as many others, in nats (see `PhotonForConditionalGeneration.grounding`), at the cost of some forwards.
+
     Returns: {"answer": text, "tokens_kept": k, "tokens_seen": V, "finish_reason": reason}, k of V visual tokens;
         the reason is "stop", or "length" where `max_new_tokens` cut the answer. For several inputs a list of such
         dicts, in their order; for a `datasets` set an iterator. Questions on one scan that follow one another in a
@@ -83,7 +86,7 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
             processor_kwargs={"padding": True, **options},
         )  # fmt: skip
 
-    def _forward(self, model_inputs, **generate_kwargs):
+    def _forward(self, model_inputs, grounding=False, **generate_kwargs):
         scan, prompts, several = (model_inputs[name] for name in ("scan", "prompts", "several"))
         count = len(prompts["input_ids"])
         given = {name: value for name, value in scan.items() if name in ("pixel_values_videos", "video_grid_thw")}
@@ -93,7 +96,8 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
         for begin in range(0, count, TOGETHER):
             part = {name: value[begin : begin + TOGETHER] for name, value in prompts.items() if name in TEXT}
             output = self.model.generate(**part, **given, **generate_kwargs, return_dict_in_generate=True)
-            parts.append((output.sequences[:, part["input_ids"].shape[1] :], output.past_key_values.cut))
+            found = self.model.grounding(output.sequences, **part, **given) if grounding else None
+            parts.append((output.sequences[:, part["input_ids"].shape[1] :], output.past_key_values.cut, found))
         return {
             "parts": parts,
             "several": several,
@@ -103,7 +107,8 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
 
     def postprocess(self, outputs):
         answers, total, stops = [], outputs["visual_count"], outputs["stop_tokens"]
-        for sequences, cut in outputs["parts"]:
+        for sequences, cut, grounding in outputs["parts"]:
+            first = len(answers)
             kept = [total] * len(sequences) if cut is None else cut.keep_mask.sum(-1).tolist()
             answers += [
                 {
@@ -114,6 +119,8 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
                 }
                 for tokens, count in zip(sequences.tolist(), kept, strict=True)
             ]
+            for answer, value in zip(answers[first:], [] if grounding is None else grounding.tolist(), strict=False):
+                answer["grounding"] = value
         return answers if outputs["several"] else answers[0]
 
 

@@ -30,7 +30,8 @@ def ask(processor, model, scans, question, **generate_options):
         processor, model: as `photon.loading.load` returns them.
         scans: list of paths, of objects in memory, or of dicts {"volume": scan} with reading options beside it.
         question: text.
-        generate_options: arguments of `generate` (`token_budget`, `use_scheduler`, `max_new_tokens`, ...).
+        generate_options: arguments of `generate` (`token_budget`, `use_scheduler`, `max_new_tokens`, ...);
+            `grounding=True` also tells how much better the answer follows from the kept tokens than from others.
     Returns:
         a dict: `answer`; `tokens_kept` of `tokens_seen` visual tokens; `threshold` of the saliency, `None` where the
         number of tokens was given; `answer_tokens`; `finish_reason`, "length" where a limit cut the answer; `dtype` of
@@ -42,7 +43,7 @@ def ask(processor, model, scans, question, **generate_options):
 
 
 @torch.inference_mode()
-def ask_all(processor, model, scans, questions, **generate_options):
+def ask_all(processor, model, scans, questions, grounding=False, **generate_options):
     """What `ask` returns for each of several questions about the same scans, which are read and encoded once."""
     device, parts = model.device, [*map(_volume_part, scans)]
     start = time.perf_counter()
@@ -66,8 +67,13 @@ def ask_all(processor, model, scans, questions, **generate_options):
         )
         end = _now(device)
         times = seconds | {"prefill": clock.first_token - begin, "decode": end - clock.first_token}
+        found = {}
+        if grounding:
+            how = {n: v for n, v in generate_options.items() if n in ("token_budget", "keep_ratio", "use_scheduler")}
+            found["grounding"] = float(model.grounding(output.sequences, **inputs, **encoded, **how))
         inputs["pixel_values_videos"], inputs.scans = patches, geometry
-        answers.append(_answer(processor, model, inputs, output, times, generate_options))
+        result, *rest = _answer(processor, model, inputs, output, times, generate_options)
+        answers.append((result | found, *rest))
         seconds, begin = {"reading": 0.0, "vision": 0.0}, _now(device)
     return answers
 
@@ -129,7 +135,8 @@ def describe(result):
     cut = f"\nCut at {result['answer_tokens']} tokens; --max-new-tokens gives more."
     cut = cut if result["finish_reason"] == "length" else ""
     kept = f"{result['tokens_kept']} of {result['tokens_seen']} visual tokens kept"
-    return f"{result['answer'] or '(empty answer)'}\n{kept}{threshold}; {seconds}; {result['dtype']}{cut}"
+    grounding = f", grounding {result['grounding']:+.2f}" if "grounding" in result else ""
+    return f"{result['answer'] or '(empty answer)'}\n{kept}{threshold}{grounding}; {seconds}; {result['dtype']}{cut}"
 
 
 def caption(question, result):

@@ -19,8 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands: other pr
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="photon-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
+import numpy as np
 import pytest
 import torch
+from transformers import pipeline
 
 from photon import loading  # noqa: E402, F401 - the Auto classes return the classes of this repository
 from photon.configuration_photon import PhotonConfig
@@ -147,3 +149,20 @@ def run_fresh(code, *args, cwd=None, home=None):
 
 
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
+
+@pytest.fixture(scope="module")
+def scans():
+    """Two volumes as the pipeline takes them in memory."""
+    generator, made = np.random.default_rng(0), []
+    for size in ((33, 27, 21), (30, 28, 22)):
+        array = generator.normal(0, 60, size).astype(np.int16)
+        array[:4] = -1000
+        made.append((array, np.diag([11.0, 8.0, 9.0, 1.0])))
+    return made
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The pipeline of the repository's model, in float32."""
+    return pipeline("volume-question-answering", model=str(ROOT), trust_remote_code=True, dtype=torch.float32)

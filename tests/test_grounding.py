@@ -1,10 +1,16 @@
 """Grounding: how much better an answer follows from the kept tokens than from as many others."""
 
+import math
+
 import pytest
 import torch
 from test_prefix import asked, encoded, text_of
 
-from conftest import IM_END, tiny_model
+import ask
+import evaluate_hf
+from conftest import IM_END, ROOT, tiny_model
+from photon import asking
+from photon.evaluation.models import VolumeModel
 from photon.objectives_photon import other_tokens
 
 STOPS = [IM_END]
@@ -86,3 +92,33 @@ def test_without_a_scan_there_is_nothing_to_tell(model):
     sequences = torch.tensor([[11, 12, 13, 30, IM_END]])
     model.generation_config.eos_token_id = IM_END
     assert model.grounding(sequences, **inputs).isnan().all()
+
+
+def test_pipeline_ask_and_evaluation_tell_the_same(pipe, scans):
+    questions = ["Is there a lesion in the liver?", "Which kidney has a lesion, left or right?", "Is it?"]
+    piped = pipe(scans[0], questions, grounding=True)
+    assert all("grounding" not in answer for answer in pipe(scans[0], questions))
+    alone = [pipe(scans[0], question, grounding=True)["grounding"] for question in questions]
+    told = [a["grounding"] for a, _, _ in asking.ask_all(pipe.processor, pipe.model, scans[:1], questions, True)]
+    model = VolumeModel(pipe.processor, pipe.model, 64, None, True)
+    encoded = [model.encode(pipe.processor.image_processor(scans[:1], return_tensors="pt"))]
+    chats = [[{"type": "volume"}, {"type": "text", "text": question}] for question in questions]
+    rows = [{"messages": [{"role": "user", "content": chat}, None]} for chat in chats]
+    scored = [answer["grounding"] for answer in model.answer(rows, encoded)]
+    values = [answer["grounding"] for answer in piped]
+    assert len(set(values)) == 3 and all(map(math.isfinite, values))
+    for other in (alone, told, scored):
+        assert other == pytest.approx(values, abs=1e-3)
+
+
+def test_commands_refuse_what_has_no_grounding(tmp_path, capsys):
+    for command, arguments in (
+        (
+            evaluate_hf,
+            ["--benchmark", "jsonl", "--data", "x", "--model", str(ROOT), "--output", "x", "--scheduler", "off"],
+        ),
+        (ask, ["scan.nii.gz", "Is it?", "--dense"]),
+    ):
+        with pytest.raises(SystemExit):
+            command.parse([*arguments, "--grounding"])
+        assert "--grounding" in capsys.readouterr().err.splitlines()[-1]

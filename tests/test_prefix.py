@@ -5,7 +5,6 @@ import pytest
 import SimpleITK as sitk
 import torch
 from test_equivalence import EXACT, flash_like, greedy, new_tokens
-from transformers import pipeline
 
 from conftest import (
     ASSISTANT,
@@ -327,22 +326,6 @@ def test_a_prefix_moves_and_is_chosen_from():
 # === In use ==========================================================================================================
 
 ASKED = ["Is there a lesion in the liver?", "Which kidney is larger?", "Is it?", "How many lesions are in the spleen?"]
-
-
-@pytest.fixture(scope="module")
-def scans():
-    """Two volumes as the pipeline takes them in memory."""
-    generator, made = np.random.default_rng(0), []
-    for size in ((33, 27, 21), (30, 28, 22)):
-        array = generator.normal(0, 60, size).astype(np.int16)
-        array[:4] = -1000
-        made.append((array, np.diag([11.0, 8.0, 9.0, 1.0])))
-    return made
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return pipeline("volume-question-answering", model=str(ROOT), trust_remote_code=True, dtype=torch.float32)
 
 
 @pytest.fixture

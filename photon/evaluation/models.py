@@ -1,6 +1,7 @@
 """Models that answer a batch of questions on the same scans: Photon, or a 2D model that gets axial slices."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +28,12 @@ class Refused:
 class Answerer:
     """A model and its processor. `read` may run in threads; `encode` and `answer` run in turn on the device.
 
-    Args: processor; model; max_new_tokens: longest answer; options: further arguments of `generate`.
+    Args: processor; model; max_new_tokens: longest answer; options: further arguments of `generate`; grounding: tell
+        of each written answer how much better it follows from the kept tokens than from as many others.
     """
 
-    def __init__(self, processor, model, max_new_tokens=64, options=None):
-        self.processor, self.model = processor, model
+    def __init__(self, processor, model, max_new_tokens=64, options=None, grounding=False):
+        self.processor, self.model, self.grounding = processor, model, grounding
         self.max_new_tokens, self.options = max_new_tokens, options or {}
         self.processor.tokenizer.padding_side = "left"
         self.letter_ids = {}
@@ -52,8 +54,8 @@ class Answerer:
 
         Args: rows: of one kind if `by_letter`; scans: what `encode` returned for each scan of the prompt; by_letter:
             take the likeliest of a row's `choices` as the next token after the prompt, in one forward.
-        Returns: for each row a dict of `prediction`, `kept` (share of the visual tokens; `None` where nothing is cut)
-            and with `by_letter` `choice_logprobs`.
+        Returns: for each row a dict of `prediction`, `kept` (share of the visual tokens; `None` where nothing is cut),
+            with `grounding` a number of that name, and with `by_letter` `choice_logprobs`.
         """
         chats = [prompt(row, scans, self.part) for row in rows]
         inputs = self.inputs(chats, scans)
@@ -74,7 +76,14 @@ class Answerer:
         if not by_letter:
             new = output.sequences[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
-            return [{"prediction": t.strip(), "kept": k} for t, k in zip(texts, kept, strict=True)]
+            answers = [{"prediction": t.strip(), "kept": k} for t, k in zip(texts, kept, strict=True)]
+            if self.grounding:
+                values = self.model.grounding(output.sequences, **inputs, **self.options).tolist()
+                answers = [
+                    answer | {"grounding": None if math.isnan(value) else round(value, 4)}
+                    for answer, value in zip(answers, values, strict=True)
+                ]
+            return answers
         logprobs = output.logits[0].float().log_softmax(-1)  # (B, vocabulary)
         answers = []
         for row, chat, line, ratio in zip(rows, chats, logprobs, kept, strict=True):
@@ -208,7 +217,7 @@ def prompt(row, scans, part):
 
 def load_model(source, device, *, revision=None, trust_remote_code=False, dtype="auto", modality="auto",
                scheduling=None, scheduler="on", seed=0, max_new_tokens=64, cache_dir=None, slices=16,
-               window=(-160.0, 240.0)):  # fmt: skip
+               window=(-160.0, 240.0), grounding=False):  # fmt: skip
     """A `VolumeModel` of a Photon checkpoint, a `SliceModel` of any other.
 
     Args:
@@ -217,6 +226,7 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         scheduler: "on", "off" or a name of `photon.schedulers.SCHEDULERS`; seed: of what is drawn at random.
         cache_dir: folder of preprocessed scans for Photon.
         slices, window: how other models get a scan.
+        grounding: as `Answerer` takes it; of Photon alone.
     Raises: `RunError` where the checkpoint is no model or lacks weights, or another model is given a scheduler.
     """
     base = adapter_base(source, revision)
@@ -229,6 +239,8 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         raise RunError(f"--model is a {kind}, which reads no pictures; give Photon or an image-text-to-text model.")
     if scheduling and not photon:
         raise RunError(f"{', '.join(scheduling)}: only Photon has a scheduler, and --model is a {kind}; leave it out.")
+    if grounding and not photon:
+        raise RunError(f"--grounding compares sets of tokens, which a {kind} does not choose; leave it out.")
     options = {"revision": revision, "trust_remote_code": photon or trust_remote_code}
     if photon:
         fields = {"modality": modality} if modality != "auto" else {}
@@ -244,5 +256,5 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
     if photon:
         if scheduler not in ("on", "off"):  # "on" is the model's own, "off" an argument of `generate`
             use_scheduler(model, scheduler, seed=seed)
-        return VolumeModel(processor, model, max_new_tokens, scheduling, cache_dir=cache_dir)
+        return VolumeModel(processor, model, max_new_tokens, scheduling, grounding, cache_dir=cache_dir)
     return SliceModel(processor, model, max_new_tokens, slices=slices, window=window, modality=modality)

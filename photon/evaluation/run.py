@@ -51,6 +51,7 @@ class Settings:
     read_ahead: int
     slices: int
     window: list
+    grounding: bool = False
 
     @property
     def scheduling(self):
@@ -112,6 +113,7 @@ def identity(settings, rows, device):
         "swap_scans": settings.swap_scans,
         **{name: getattr(settings, name) for name in names},
         **({"seed": settings.seed} if settings.scheduler == "random" else {}),
+        **({"grounding": True} if settings.grounding else {}),
         "slices": settings.slices,
         "window": list(settings.window),
         "cached_scans": settings.cache_dir is not None,
@@ -156,7 +158,7 @@ def _digest(folder):
 def _answer_groups(settings, device, groups, done, rank):
     """Answers a rank's groups, except questions in `done`. Returns {id: record}, each already in the rank's file."""
     names = ("revision", "trust_remote_code", "dtype", "modality", "scheduling", "scheduler", "seed", "max_new_tokens",
-             "cache_dir", "slices", "window")  # fmt: skip
+             "cache_dir", "slices", "window", "grounding")  # fmt: skip
     model = load_model(settings.model, device, **{name: getattr(settings, name) for name in names})
     by_letter = settings.choices == "logprob"
     scans, fresh = EncodedScans(model, list(groups), settings.read_ahead), {}
