@@ -38,6 +38,9 @@ docs: .venv/docs  ## the documentation as a site, in build/site; a broken link i
 real-size: .venv/dev  ## a random 3B model: converted, asked, one LoRA step; memory and seconds (16 GB of disk, minutes)
 	.venv/bin/python benchmarks/real_size.py --preset 3b --json benchmarks/results/real_size_3b.json
 
+evidence: .venv/dev  ## what answers alone teach a scheduler to keep: trainings, tables, plot (hours; goes on where it was)
+	.venv/bin/python -m photon.evidence --output evidence --report
+
 lint: .venv/dev  ## check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -75,4 +78,4 @@ photon/app/node_modules: photon/app/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix photon/app --ignore-scripts --omit=optional --silent; \
 	else echo "npm is not here, so the page has no 3D view"; fi
 
-.PHONY: real-size help demo app serve test test-app docs lint clean
+.PHONY: evidence real-size help demo app serve test test-app docs lint clean

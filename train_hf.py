@@ -116,6 +116,7 @@ def train(argv, train_data=None, eval_data=None):
         weights = ", ".join(f"{name} {weight:g}" for name, weight in loss_weights(model.config, losses).items())
         print(f"{len(rows)} rows; parameters that train: {counts}; weights of losses: {weights}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()  # the whole log, beside the checkpoints
     if evaluation is not None:
         trainer.save_metrics("eval", trainer.evaluate())
 

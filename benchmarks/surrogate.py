@@ -10,8 +10,8 @@ token more is deleted. An estimate: minus the gradient that training would give 
 - `gate`: of log p on the token's attention logits, at p = 1; `straight-through`: the same times p (1 - p);
 - `exact`: of the gate's logit in the exact cut, a mean over `--draws` draws.
 
-For each: Spearman's correlation with the truth within a case (mean over cases), and how often the sign is right, weighted
-by the size of the rise. Intervals are 95 % percentiles over draws of patients. `cost`: forwards and backwards a case.
+For each: Spearman's correlation with the truth within a case (mean over cases), and how often the sign is right,
+weighted by the size of the rise. Intervals are 95 % percentiles over draws of patients. `cost`: forwards a case.
 """
 
 import sys
@@ -40,7 +40,8 @@ RESAMPLES, MIN_TOKENS = 2000, 5
 class Given(nn.Module):
     """A scheduler that keeps what it is given: keep (B, V) bool; with leaves by which to ask for gradients.
 
-    keep_prob (1, V): for the surrogate rules; scale (1, V): multiplies hidden states; log_gate (B, V): added to logits.
+    keep_prob (1, V): for the surrogate rules; scale (1, V): multiplies hidden states; log_gate (B, V): added to the
+    logits.
     """
 
     def __init__(self, keep, keep_prob=None, scale=None, log_gate=None):

@@ -42,21 +42,20 @@ class Recorder(nn.Module):
 def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False):
     """Measures the model in folder `source` on rows of phantoms; writes and returns a list of records.
 
-    Args: rows: of `load_benchmark("jsonl", ...)`, with `labels`, `lesions` and `evidence`; cache_dir: folder of
-        preprocessed scans; output: the JSON file, read instead where it exists; controls: some of `CONTROLS`; dense:
-        the model keeps all tokens.
+    Args: rows: of `trainings.test_rows`; cache_dir: folder of preprocessed scans; output: the JSON file, read instead
+        where it exists; controls: some of `CONTROLS`, and grounding with "other"; dense: the model keeps all tokens.
     """
     if Path(output).is_file():
         return json.loads(Path(output).read_text(encoding="utf-8"))
     model = load_model(source, torch.device("cpu"), max_new_tokens=LONGEST_ANSWER, cache_dir=str(cache_dir))
-    records = {
-        row["id"]: {"id": row["id"], "patient": row["patient"], "task": row["task"], "right": {}} for row in rows
-    }
+    named = ("id", "patient", "task", "evidence")
+    records = {row["id"]: {name: row[name] for name in named} | {"right": {}, "grounding": {}} for row in rows}
     own = Recorder(model.model.model.language_model.scheduler)
     labels = TokenLabels(model.processor.image_processor, CLASSES, cache_dir)
     for condition in ("own", *(() if dense else controls)):
         model.model.set_scheduler(own)
         model.options, model.prefix_of = {"use_scheduler": False} if dense else {}, None
+        model.grounding = "other" in controls and condition in ("own", "other")
         if condition == "none":
             model.options = {"token_budget": 0}
         elif condition in ("random", "flipped"):
@@ -73,10 +72,13 @@ def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False):
                 for place, (row, answer) in enumerate(zip(batch, model.answer(batch, taken), strict=True)):
                     record = records[row["id"]]
                     record["right"][condition] = bool(same_answer(answer["prediction"], row["answer"]))
+                    if model.grounding:
+                        record["grounding"][condition] = answer["grounding"]
                     if condition == "own" and not dense:
                         schedule = own.schedule
                         keep = schedule.keep_mask[place, : int(schedule.visual_count[place])]
-                        record |= {"kept": answer["kept"], **found_tokens(keep, row, labels)}
+                        record |= found_tokens(keep, row, labels) | {"places": keep.nonzero()[:, 0].tolist()}
+                        record["scans"] = [scan["path"] for scan in row["volumes"]]
     records = list(records.values())
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, json.dumps(records) + "\n")

@@ -8,6 +8,8 @@ from datetime import date
 import numpy as np
 
 from photon.evidence.arms import ARMS
+from photon.evidence.grounding import reliability
+from photon.evidence.questions import question_effect
 
 TASKS = ("presence", "side", "attenuation", "fov", "count", "largest", "size_choice", "size_open", "comparison")
 DRAWS = 2000
@@ -79,6 +81,9 @@ def result_of(found, preset):
             row["recall_by_seed"] = [evidence_found(records)["organ_recall"][0] for records, _ in seeds]
             first = seeds[0][0]
             row["controls"] = {name: accuracies(first, name)["mean"] for name in first[0]["right"] if name != "own"}
+            row["question"] = question_effect(first)
+            if first[0]["grounding"]:
+                row["grounding"] = reliability(first)
         rows.append(row)
     by_name = {row["arm"]: row for row in rows}
     ratios = {
@@ -142,10 +147,27 @@ def control_table(result):
     return "\n".join(lines)
 
 
+def signal_table(result):
+    """Whether the question decides what is kept, and what grounding tells, seed 0, in Markdown."""
+    lines = ["| arm | same organ | other organ | difference | p | right from wrong | own scan from another's |"]
+    lines.append("|---" * 7 + "|")
+    for row in result["rows"]:
+        if "question" in row and row["question"]["difference"] is not None:
+            effect, found = row["question"], row.get("grounding", {})
+            cells = [row["says"], *(f"{effect[name]:.3f}" for name in ("same_organ", "other_organ", "difference"))]
+            cells += [f"{effect['p']:.4f}"]
+            for name in ("right_or_wrong", "own_or_other_scan"):
+                figure = found.get(name)
+                cells.append("" if figure is None or None in figure else "{:.3f} ({:.3f} to {:.3f})".format(*figure))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def write_tables(result, page):
     """Puts the tables between their marks in a Markdown page. Raises `ValueError` where it has no such marks."""
     text = page.read_text(encoding="utf-8")
-    for name, table in (("arms", arm_table(result)), ("controls", control_table(result))):
+    tables = {"arms": arm_table(result), "controls": control_table(result), "signal": signal_table(result)}
+    for name, table in tables.items():
         pattern = re.compile(MARK.format(name, ".*?", name), re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page.name} has no mark '<!-- {name}: begin -->'.")

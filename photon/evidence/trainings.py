@@ -24,6 +24,7 @@ QUIET = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "67108864",
 }  # fmt: skip
+RESUMED = "resumed"  # a file in the folder of a training that was stopped
 TRAIN_SEED, TEST_SEED = 1, 2  # of patients: none is in both
 
 
@@ -41,7 +42,7 @@ class Preset:
 
 
 PRESETS = {
-    "full": Preset(patients=2000, test_patients=300, steps=500, seeds=3, rows=1500),
+    "full": Preset(patients=2000, test_patients=300, steps=400, seeds=3, rows=1000),
     "smoke": Preset(
         patients=16, test_patients=16, steps=4, seeds=1, rows=24, batch=8, arms=("dense", "exact", "release")
     ),
@@ -59,7 +60,7 @@ def command(*parts, log=None):
 def make_data(folder, preset):
     """Training and test patients, of two seeds."""
     for name, seed, patients, shares in (
-        ("train", TRAIN_SEED, preset.patients, ("--test", "0", "--val", "0")),
+        ("train", TRAIN_SEED, preset.patients, ("--test", "0", "--val", "0.03")),
         ("test", TEST_SEED, preset.test_patients, ("--test", "1", "--val", "0")),
     ):
         if not (folder / name / f"{name}.jsonl").is_file():
@@ -88,6 +89,8 @@ def train(folder, arm, seed, preset):
     labels = ["--evidence-weight", "1"] if arm.labelled else []
     resume = ["--resume"] if (run / "run.json").is_file() else []
     run.mkdir(parents=True, exist_ok=True)
+    if resume:
+        (run / RESUMED).touch()
     with open(folder / f"{run.name}.log", "ab") as log:
         command(
             "train_hf.py", RECIPE, "--model", make_start(folder, seed), "--output-dir", run, "--train-data", data,
@@ -111,10 +114,10 @@ def labelled_rows(folder, share):
 
 
 def seconds_of(run):
-    """Seconds of a finished training, from its log; `None` where it was resumed, since the log then has a part."""
-    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
-    lines = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
-    return next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
+    """Seconds of a finished training, from its log; `None` where it was resumed, since the last part is then all."""
+    lines = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    seconds = next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
+    return None if (run / RESUMED).exists() else seconds
 
 
 def test_rows(folder, count):
