@@ -207,9 +207,7 @@ def grounding_of_answers(model, sequences, draws=4, **inputs):
     prompt, stops = inputs.pop("input_ids"), model.generation_config.eos_token_id
     length = prompt.shape[1]
     if sequences.shape[1] <= length or not torch.equal(sequences[:, :length], prompt):
-        raise ValueError(
-            "The sequences must begin with the prompts and go on; pass what `generate` returned for them."
-        )
+        raise ValueError("The sequences must begin with the prompts; pass what `generate` returned for them.")
     answers = sequences[:, length:]
     ended = torch.isin(answers, torch.tensor(stops, device=answers.device)).cumsum(-1)
     real = ended - torch.isin(answers, torch.tensor(stops, device=answers.device)).long() == 0  # with the first stop
