@@ -6,10 +6,12 @@
 - `PhotonTextModel`: the two together.
 """
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
+import transformers
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
@@ -38,6 +40,10 @@ from .scheduling_photon import (
     padded_places,
     stays,
 )
+
+if "past_key_values" not in inspect.signature(Qwen2_5_VLTextModel.forward).parameters:
+    found = f"transformers {transformers.__version__} names its caches in another way than 5.23, which Photon needs"
+    raise ImportError(f'{found}: pip install "transformers>=5.23,<5.24"')
 
 # === The cut =========================================================================================================
 

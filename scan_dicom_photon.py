@@ -28,7 +28,7 @@ from .scan_files_photon import (
     rle_is_consistent,
 )
 from .scan_grid_photon import Geometry, interpolate_slices
-from .scan_stack_photon import FRAME_TAGS, Slice, number_of, one_frame, place_stack, slices_of
+from .scan_stack_photon import FRAME_TAGS, Slice, localisers, number_of, one_frame, place_stack, slices_of
 
 try:
     import pydicom
@@ -204,11 +204,11 @@ def _classes(dataset):
 
 def _choose_series(headers: list, series, findings: Findings) -> list:
     """The slices of one series. Localisers count as a series by themselves, also where they share its UID."""
-    groups = defaultdict(list)
+    groups, scouts = defaultdict(list), localisers(headers)
     for file, dataset in headers:
         key = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID", "Modality")
         key = tuple(str(dataset.get(k, "") or "") for k in key)
-        groups[(*key, "LOCALIZER" in str(dataset.get("ImageType")).upper())].append((file, dataset))
+        groups[(*key, file in scouts)].append((file, dataset))
     ordered = sorted(groups.items(), key=lambda item: (number_of(item[1][0][1].get("SeriesNumber")), item[0]))
     if series is not None:
         return _named_series(ordered, series)

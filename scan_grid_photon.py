@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .scan_faults_photon import VolumeError, VolumeFault
+from .scan_faults_photon import Findings, VolumeError, VolumeFault
 
 try:
     import SimpleITK as sitk
@@ -173,6 +173,42 @@ def interpolate_slices(volume: np.ndarray, heights: np.ndarray, depth: int) -> n
     for k, (a, t) in enumerate(zip(above, part, strict=True)):
         out[k] = (1 - t) * volume[a - 1] + t * volume[a].astype(np.float32)
     return out
+
+
+def rounding_of(positions: np.ndarray, heights: np.ndarray, normal: np.ndarray) -> float:
+    """The unit in mm of positions written with one or two decimals, where the slices are even otherwise; else 0."""
+    distance, off = heights[-1] / (len(heights) - 1), np.abs(heights - np.linspace(0, heights[-1], len(heights))).max()
+    for unit in (0.1, 0.01):
+        if unit < 0.2 * distance and np.abs(positions / unit - np.rint(positions / unit)).max() < 1e-4:
+            return unit if off <= unit * np.abs(normal).sum() else 0.0  # half a unit here, half at the ends
+    return 0.0
+
+
+def even_distance(steps, median: float, gaps: str, findings: Findings) -> float:
+    """The distance to interpolate to, in mm, where `gaps` allows it; otherwise refuses with the gap's place."""
+    worst = int(np.abs(steps - median).argmax())
+    parts = np.split(steps, 1 + np.flatnonzero(np.abs(np.diff(steps)) > 0.02 * steps[:-1]))
+    planned = [part.mean() for part in parts if len(part) >= 3]
+    between = [step for part in parts if len(part) < 3 for step in part]
+    changes = len(planned) > 1 and np.abs(np.diff(planned)).min() > 0.02 * min(planned)
+    if changes and len(between) < len(planned) and all(min(planned) < step < max(planned) for step in between):
+        fault, distance, way = VolumeFault.SLICE_INCREMENT_INCONSISTENT, min(planned), "resample"
+        gap = f"The slice distance changes along the stack ({', then '.join(f'{d:.3f} mm' for d in planned)})"
+    else:
+        missing = np.abs(steps / median - np.rint(steps / median)).max() < 0.05 and steps[worst] > 1.5 * median
+        fault = VolumeFault.MISSING_SLICES if missing else VolumeFault.SLICE_INCREMENT_INCONSISTENT
+        distance, way = median, "interpolate" if missing else "resample"
+        gap = (
+            f"Between slices {worst + 1} and {worst + 2} of {len(steps) + 1} (counted along the stack) the distance "
+            f"is {steps[worst]:.3f} mm, elsewhere {median:.3f} mm"
+        )
+    if gaps not in (way, "interpolate"):
+        advice = (
+            "Fetch the missing slices, or accept interpolated ones with" if way == "interpolate" else "Read it with"
+        )
+        raise VolumeError(fault, f'{gap}. {advice} gaps="{way}".')
+    findings.warn(fault, f"{gap}; interpolated to an even distance of {distance:.3f} mm.")
+    return distance
 
 
 class SlabInterpolation:

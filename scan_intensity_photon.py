@@ -12,6 +12,7 @@ except ImportError:
 
 AIR = (-1060, -940)  # HU
 TISSUE = (-160, 260)  # HU: fat, water, organs, vessels with contrast
+SOLID = -300  # HU: more is no air and no lung
 DENSE = 3200  # HU: more is metal
 
 
@@ -61,6 +62,8 @@ def is_surely_hu(image, values: tuple[float, float]) -> bool:
 
     Phase maps, perfusion maps and other MR products also reach below -500 and above 0. They have no peak at -1000:
     their background is 0, noise over the whole range, or its lower end. One padding value below air is passed over.
+    Maps that are filled with -1000 around the body are known by fractions beside a fill that is one number everywhere,
+    shifted MR by tissue that is not the most of what is solid.
     """
     if not (values[0] < -500 and values[1] > 0) or image.GetPixelID() in (sitk.sitkInt8, sitk.sitkUInt8):
         return False
@@ -76,10 +79,13 @@ def is_surely_hu(image, values: tuple[float, float]) -> bool:
     width = AIR[1] - AIR[0]
     counts, edges = np.histogram(faces, np.arange(AIR[0] - 10 * width, DENSE, width))  # one of the bins is AIR
     beyond_tissue = (edges[1:] <= TISSUE[0]) | (edges[:-1] >= TISSUE[1])
-    air = np.sum((faces >= AIR[0]) & (faces < AIR[1]))
-    tissue = np.mean((inside >= TISSUE[0]) & (inside <= TISSUE[1]))
-    far = np.mean((inside < AIR[0]) | (inside > DENSE))
-    return bool(air >= 0.03 * faces.size and air >= counts[beyond_tissue].max() and tissue >= 0.02 and far <= 0.02)
+    around = faces[(faces >= AIR[0]) & (faces < AIR[1])]
+    tissue = np.sum((inside >= TISSUE[0]) & (inside <= TISSUE[1]))
+    solid, far = inside[inside > SOLID], np.mean((inside < AIR[0]) | (inside > DENSE))
+    if around.size < max(0.03 * faces.size, counts[beyond_tissue].max(), 1) or far > 0.02:
+        return False
+    filled = np.mean(around == np.median(around)) > 0.95 and np.mean(solid % 1 != 0) > 0.5
+    return bool(tissue >= max(0.02 * inside.size, 0.5 * solid.size, 1) and not filled)
 
 
 def value_range(image) -> tuple[float, float]:

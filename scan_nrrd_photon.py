@@ -166,7 +166,8 @@ def _inflating(raw, encoding: str):
 
 
 class _ZlibStream(io.RawIOBase):
-    """Inflates one zlib or gzip stream, as MetaImage packs voxels; its end is checked by its checksum."""
+    """Inflates one zlib or gzip stream, as MetaImage packs voxels; its end is checked by its checksum, and by nothing
+    else than zeros after it, as in gzip."""
 
     def __init__(self, raw):
         self.raw, self.inflater, self.packed = raw, zlib.decompressobj(zlib.MAX_WBITS | 32), b""
@@ -187,6 +188,8 @@ class _ZlibStream(io.RawIOBase):
             if out:
                 buffer[: len(out)] = out
                 return len(out)
+        if (self.inflater.unused_data + self.raw.read(1 << 20)).strip(b"\0"):
+            raise EOFError("other bytes follow the stream")
         return 0
 
 

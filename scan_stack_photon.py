@@ -6,7 +6,7 @@ order of files and the gantry-tilt tag wrong, so none of these places a slice.
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from .scan_faults_photon import Findings, VolumeError, VolumeFault
 from .scan_files_photon import choose_frame
+from .scan_grid_photon import even_distance, rounding_of
 
 try:
     import pydicom
@@ -24,6 +25,9 @@ except ImportError:
 UNEVEN_WARN, UNEVEN_REFUSE = 1e-3, 1e-2  # of the median slice distance
 SAME_PLACE = 1e-2  # of the in-plane spacing: slices closer than this along the normal are one place
 MIN_TILT = 0.1  # degrees
+LOCALISER_TYPES = ("LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM")  # words of ImageType
+LOCALISER_COSINE = 0.87  # of the angle to the slices' plane: more than 30 degrees
+MOST_LOCALISERS = 3  # without such a word; more could be a volume
 HU_TYPES = ("", "HU", "US", "HU_MOD")  # of RescaleType; US is unspecified: then the values are checked
 # The functional group of a multi-frame file that holds a tag. Private groups repeat names with other values.
 MACROS = {
@@ -98,6 +102,28 @@ def slices_of(file: Path, dataset) -> list[Slice]:
             "Enhanced or as single slices.",
         )
     return [_slice(file, None, dataset)]
+
+
+def localisers(headers: list) -> set[Path]:
+    """Those of [(file, dataset)] that are localisers: by their type, or because their plane and their grid are others
+    than those of the slices whose series UID they share."""
+    found, series = set(), defaultdict(list)
+    for file, dataset in headers:
+        orientation = np.ravel(dataset.get("ImageOrientationPatient") or ())
+        if any(word in str(dataset.get("ImageType")).upper() for word in LOCALISER_TYPES):
+            found.add(file)
+        elif len(orientation) == 6:
+            normal = np.cross(*orientation.astype(float).reshape(2, 3))
+            grid = dataset.Rows, dataset.Columns, str(dataset.get("PixelSpacing"))
+            series[dataset.get("SeriesInstanceUID")].append((file, normal, grid))
+    for slices in series.values():
+        grids = Counter(grid for _, _, grid in slices)
+        usual = grids.most_common(1)[0][0]
+        normal = next(n for _, n, grid in slices if grid == usual)
+        strays = {file for file, n, grid in slices if grid != usual and abs(n @ normal) < LOCALISER_COSINE}
+        if len(strays) <= MOST_LOCALISERS and grids[usual] > MOST_LOCALISERS:
+            found |= strays
+    return found
 
 
 def _slice(file: Path, frame: int | None, dataset, groups=()) -> Slice:
@@ -378,14 +404,14 @@ def place_stack(slices: list[Slice], gaps: str, findings: Findings):
     median = float(np.median(steps))
     uneven = np.abs(steps / median - 1).max()
     depth, interpolated = len(slices), False
-    unit = _rounding(positions, heights, normal)
+    unit = rounding_of(positions, heights, normal)
     if unit:
         if uneven > UNEVEN_REFUSE:
             findings.note(
                 VolumeFault.SLICE_INCREMENT_INCONSISTENT, "The positions are rounded in the header; read as even."
             )
     elif uneven > UNEVEN_REFUSE:
-        distance = _accept_gaps(steps, median, gaps, findings)
+        distance = even_distance(steps, median, gaps, findings)
         depth, interpolated = round(heights[-1] / distance) + 1, True
     elif uneven > UNEVEN_WARN:
         findings.warn(
@@ -412,39 +438,3 @@ def place_stack(slices: list[Slice], gaps: str, findings: Findings):
     if abs(slices[0].spacing[0] / slices[0].spacing[1] - 1) > 1e-3:
         findings.note(VolumeFault.ANISOTROPIC_IN_PLANE, "Row and column spacing differ; both are used.")
     return affine, depth, heights if interpolated else None
-
-
-def _rounding(positions: np.ndarray, heights: np.ndarray, normal: np.ndarray) -> float:
-    """The unit in mm of positions written with one or two decimals, where the slices are even otherwise; else 0."""
-    distance, off = heights[-1] / (len(heights) - 1), np.abs(heights - np.linspace(0, heights[-1], len(heights))).max()
-    for unit in (0.1, 0.01):
-        if unit < 0.2 * distance and np.abs(positions / unit - np.rint(positions / unit)).max() < 1e-4:
-            return unit if off <= unit * np.abs(normal).sum() else 0.0  # half a unit here, half at the ends
-    return 0.0
-
-
-def _accept_gaps(steps, median: float, gaps: str, findings: Findings) -> float:
-    """The distance to interpolate to, in mm, where `gaps` allows it; otherwise refuses with the gap's place."""
-    worst = int(np.abs(steps - median).argmax())
-    parts = np.split(steps, 1 + np.flatnonzero(np.abs(np.diff(steps)) > 0.02 * steps[:-1]))
-    planned = [part.mean() for part in parts if len(part) >= 3]
-    between = [step for part in parts if len(part) < 3 for step in part]
-    changes = len(planned) > 1 and np.abs(np.diff(planned)).min() > 0.02 * min(planned)
-    if changes and len(between) < len(planned) and all(min(planned) < step < max(planned) for step in between):
-        fault, distance, way = VolumeFault.SLICE_INCREMENT_INCONSISTENT, min(planned), "resample"
-        gap = f"The slice distance changes along the stack ({', then '.join(f'{d:.3f} mm' for d in planned)})"
-    else:
-        missing = np.abs(steps / median - np.rint(steps / median)).max() < 0.05 and steps[worst] > 1.5 * median
-        fault = VolumeFault.MISSING_SLICES if missing else VolumeFault.SLICE_INCREMENT_INCONSISTENT
-        distance, way = median, "interpolate" if missing else "resample"
-        gap = (
-            f"Between slices {worst + 1} and {worst + 2} of {len(steps) + 1} (counted along the stack) the distance "
-            f"is {steps[worst]:.3f} mm, elsewhere {median:.3f} mm"
-        )
-    if gaps not in (way, "interpolate"):
-        advice = (
-            "Fetch the missing slices, or accept interpolated ones with" if way == "interpolate" else "Read it with"
-        )
-        raise VolumeError(fault, f'{gap}. {advice} gaps="{way}".')
-    findings.warn(fault, f"{gap}; interpolated to an even distance of {distance:.3f} mm.")
-    return distance

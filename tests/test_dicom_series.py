@@ -80,6 +80,25 @@ def test_scouts_under_the_uid_of_a_series_are_left_out(number, tmp_path):
     assert "1: CT, 8 slices" in message(folder) and "3: CT, 6 slices" in message(folder)
 
 
+@pytest.mark.parametrize("kind", [["ORIGINAL", "PRIMARY", "SCOUT"], ["ORIGINAL", "PRIMARY", "AXIAL"], None])
+def test_scouts_without_the_word_are_left_out(kind, tmp_path):
+    """Known by another plane on another grid; slices of the series itself are never taken for scouts."""
+    folder = write_series(tmp_path / "scan")
+    scouts(folder, "1.2.3.4")
+    for file in folder.glob("0scout*"):
+        ds = pydicom.dcmread(file)
+        ds.ImageType = kind
+        ds.save_as(file)
+    assert codes(folder) == {Fault.TOO_FEW_SLICES}
+    np.testing.assert_array_equal(voxels(folder), hu())
+
+    def turned(ds, k):
+        if k == 4:
+            ds.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+
+    assert codes(write_series(tmp_path / "turned", turned)) == {Fault.IMAGE_ORIENTATION_INCONSISTENT}
+
+
 def rt_object(folder: Path, kind, modality: str):
     ds = dataset(0, hu()[0])
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = kind

@@ -1,10 +1,13 @@
 """Wrong input to the model: each with its own error."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import StaticCache
 
-from conftest import IM_END, VIDEO, collate, prompt, text_row, three_rows, tiny_model
+from conftest import IM_END, ROOT, VIDEO, collate, prompt, text_row, three_rows, tiny_model
 
 GRIDS = [(2, 6, 4)]
 
@@ -188,3 +191,14 @@ def test_scans_beside_a_filled_cache_are_named():
         model.generate(**again, past_key_values=out.past_key_values, max_new_tokens=2)
     going_on = {name: again[name] for name in ("input_ids", "attention_mask")}
     model.generate(**going_on, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
+def test_a_transformers_that_names_its_caches_in_another_way():
+    """As 5.24 does: one line that tells what to install, not wrong shapes in the middle of a forward pass."""
+    code = """
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+qwen.Qwen2_5_VLTextModel.forward = lambda self, input_ids=None, cache=None: None
+import photon.modeling_photon
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode and 'pip install "transformers>=5.23,<5.24"' in done.stderr.splitlines()[-1]

@@ -45,6 +45,8 @@ HU = {
     "padded with -2000": padded(-2000).astype(np.int16),
     "padded with -3024": padded(-3024).astype(np.int16),
     "interpolated": (ct() + 0.37).astype(np.float32),
+    "air of one value": np.where(BODY, ct(), -1000).astype(np.int16),
+    "air of one value, as floats": np.where(BODY, np.rint(ct()), -1000).astype(np.float32),
     "metal": np.where(BODY & (np.abs(x) < 0.05) & (np.abs(y) < 0.05), 14000, ct()).astype(np.int16),
     "head to the edge": np.where((x / 1.2) ** 2 + (y / 1.2) ** 2 < 1, 40, -1000) + noise(8),
 }
@@ -55,6 +57,9 @@ NO_HU = {
     "perfusion map": np.where(BODY, 300 + noise(900), 0.0),
     "relCBF map, lowest value around": np.where(BODY, 100 + noise(200), -2048.0),
     "relCBF map, -1000 within": np.where(BODY, noise(1000), 0.0),
+    "MTT map, -1000 around": np.where(BODY, 120 + noise(60), -1000.0),
+    "field map, -1000 around": np.where(BODY, 200 * x - 100 * y, -1000.0),
+    "T1 less 1000": (np.where(BODY, 400 + noise(200), -1000) + noise(5, 1)).astype(np.int16),
     "difference image": noise(900),
     "field map in Hz": np.where(BODY, 700 * x, noise(20)),
     "eight bits": np.clip(ct() / 10, -128, 127).astype(np.int8),
