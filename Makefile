@@ -41,6 +41,10 @@ real-size: .venv/dev  ## a random 3B model: converted, asked, one LoRA step; mem
 evidence: .venv/dev  ## what answers alone teach a scheduler to keep: trainings, tables, plot (hours; goes on where it was)
 	.venv/bin/python -m photon.evidence --output evidence --report
 
+peers: .venv/dev  ## every selection method on the same questions: DENSE=, TRAINED=, DATA= (half an hour; goes on)
+	.venv/bin/python benchmarks/peers.py --preset full --dense $(or $(DENSE),.) --trained $(or $(TRAINED),.) \
+	$(and $(DATA),--data $(DATA)) --json benchmarks/results/peers.json --page docs/peers.md --plot docs/peers.png
+
 lint: .venv/dev  ## check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -78,4 +82,4 @@ photon/app/node_modules: photon/app/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --prefix photon/app --ignore-scripts --omit=optional --silent; \
 	else echo "npm is not here, so the page has no 3D view"; fi
 
-.PHONY: evidence real-size help demo app serve test test-app docs lint clean
+.PHONY: evidence peers real-size help demo app serve test test-app docs lint clean

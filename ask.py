@@ -29,6 +29,7 @@ from photon.console import one_line_faults
 from photon.loading import ROOT, load, load_processor
 from photon.read_options import add_read_argument, reading_fields
 from photon.scan_report import inspect_volume
+from photon.schedulers import SCHEDULERS, load_method, use_scheduler
 from photon.whole_file import whole_file, write_image
 
 PICTURES = {".png", ".jpg", ".jpeg", ".pdf", ".svg"}
@@ -86,6 +87,8 @@ def parse(argv=None):
     parser.add_argument("--compare", action="append", metavar="QUESTION", help="ask this too; may be given again")
     parser.add_argument("--keep-map", type=Path, metavar="NII", help="write the kept tokens on the scan's voxels")
     parser.add_argument("--dense", action="store_true", help="keep all tokens")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, metavar="NAME",
+                        help=f"choose tokens by another method: {', '.join(SCHEDULERS)}")  # fmt: skip
     parser.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient tokens")
     parser.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the tokens")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of the answer")
@@ -117,6 +120,7 @@ def wrong_question(args):
             return "--inspect takes one scan and no question."
         asked = (
             "dense",
+            "scheduler",
             "token_budget",
             "keep_ratio",
             "max_new_tokens",
@@ -136,6 +140,8 @@ def wrong_question(args):
         return "--dense, --token-budget and --keep-ratio exclude each other."
     if args.grounding and args.dense:
         return "--grounding compares the kept tokens with others, but --dense keeps all; choose one."
+    if args.dense and args.scheduler:
+        return "--dense keeps all tokens, so there is nothing for --scheduler to choose; leave out one."
     return None
 
 
@@ -176,6 +182,9 @@ def run(args):
     scans = [{"volume": scan, **reading(args)} for scan in scans]
     volume_options = {} if args.modality is None else {"modality": args.modality}
     processor, model = load(args.model, args.device, args.dtype, **volume_options)
+    if args.scheduler:
+        use_scheduler(model, args.scheduler)
+        load_method(model, args.model)
     options = {
         "token_budget": args.token_budget,
         "keep_ratio": args.keep_ratio,

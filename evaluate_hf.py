@@ -71,6 +71,12 @@ def parse(argv=None):
         help="on: as the model was trained; off: keep all visual tokens; else another rule to choose them, as many "
         "as the model's own or as --token-budget and --keep-ratio say (photon/schedulers/)",
     )
+    group.add_argument(
+        "--scheduler-layer",
+        type=int,
+        metavar="L",
+        help="cut after decoder layer L, -1: before the first (default: as the model was trained)",
+    )
     group.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient visual tokens")
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
     group.add_argument(

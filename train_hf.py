@@ -110,6 +110,7 @@ def train(argv, train_data=None, eval_data=None):
         losses=losses,
         without_decoder=without_decoder,
         features=features,
+        keep_ratio=model_args.keep_ratio,
     )
     if trainer.is_world_process_zero():
         counts = ", ".join(f"{group} {count:,}" for group, count in trained_counts(model).items())

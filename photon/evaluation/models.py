@@ -10,12 +10,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from photon.configuration_photon import PhotonConfig
 from photon.evaluation.slices import axial_slices
-from photon.loading import adapter_base, load_processor
+from photon.loading import adapter_base, load_config, load_processor
 from photon.loading import load_model as load_weights
 from photon.prompt_photon import join_outputs, question_mask
 from photon.run_folder import RunError
 from photon.scan_faults_photon import VolumeError
-from photon.schedulers import use_scheduler
+from photon.schedulers import load_method, use_scheduler
 
 
 @dataclass
@@ -216,14 +216,15 @@ def prompt(row, scans, part):
 
 
 def load_model(source, device, *, revision=None, trust_remote_code=False, dtype="auto", modality="auto",
-               scheduling=None, scheduler="on", seed=0, max_new_tokens=64, cache_dir=None, slices=16,
-               window=(-160.0, 240.0), grounding=False):  # fmt: skip
+               scheduling=None, scheduler="on", scheduler_layer=None, seed=0, max_new_tokens=64, cache_dir=None,
+               slices=16, window=(-160.0, 240.0), grounding=False):  # fmt: skip
     """A `VolumeModel` of a Photon checkpoint, a `SliceModel` of any other.
 
     Args:
         source: folder or Hub id. device: a `torch.device`. dtype: "auto" is float32 on a CPU.
         scheduling: arguments of Photon's `generate`.
-        scheduler: "on", "off" or a name of `photon.schedulers.SCHEDULERS`; seed: of what is drawn at random.
+        scheduler: "on", "off" or a name of `photon.schedulers.SCHEDULERS`; seed: of what is drawn at random;
+            scheduler_layer: cut after this layer and not after the one that the model was trained with.
         cache_dir: folder of preprocessed scans for Photon.
         slices, window: how other models get a scan.
         grounding: as `Answerer` takes it; of Photon alone.
@@ -237,8 +238,9 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
     photon = kind == PhotonConfig.model_type
     if not photon and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and "auto_map" not in config:
         raise RunError(f"--model is a {kind}, which reads no pictures; give Photon or an image-text-to-text model.")
-    if scheduling and not photon:
-        raise RunError(f"{', '.join(scheduling)}: only Photon has a scheduler, and --model is a {kind}; leave it out.")
+    given = [*(scheduling or ()), *(() if scheduler_layer is None else ("scheduler_layer",))]
+    if given and not photon:
+        raise RunError(f"{', '.join(given)}: only Photon has a scheduler, and --model is a {kind}; leave it out.")
     if grounding and not photon:
         raise RunError(f"--grounding compares sets of tokens, which a {kind} does not choose; leave it out.")
     options = {"revision": revision, "trust_remote_code": photon or trust_remote_code}
@@ -247,6 +249,9 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         processor = load_processor(source, revision=revision, **fields)
     else:
         processor = AutoProcessor.from_pretrained(base or source, **options | {"revision": None if base else revision})
+    if scheduler_layer is not None:
+        settings = load_config(source, revision).to_dict() | {"scheduler_layer": scheduler_layer}
+        options["config"] = PhotonConfig.from_dict(settings)
     dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype  # bfloat16 is slower there
     model, loaded = load_weights(source, dtype=dtype, output_loading_info=True, **options)
     absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
@@ -256,5 +261,6 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
     if photon:
         if scheduler not in ("on", "off"):  # "on" is the model's own, "off" an argument of `generate`
             use_scheduler(model, scheduler, seed=seed)
+            load_method(model, source, revision)
         return VolumeModel(processor, model, max_new_tokens, scheduling, grounding, cache_dir=cache_dir)
     return SliceModel(processor, model, max_new_tokens, slices=slices, window=window, modality=modality)

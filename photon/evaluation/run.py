@@ -21,6 +21,7 @@ from photon.evaluation.models import Refused, load_model
 from photon.evaluation.predictions import PART, PREDICTIONS, collect, line_of, merge, prediction_files
 from photon.loading import adapter_base, usable_device
 from photon.run_folder import open_run
+from photon.schedulers import SCHEDULERS
 
 WEIGHTS = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")  # the files that decide what a model answers
 LONGEST = timedelta(days=7)  # that one process may wait for the slowest
@@ -43,6 +44,7 @@ class Settings:
     max_new_tokens: int
     choices: str
     scheduler: str
+    scheduler_layer: int | None
     token_budget: int | None
     keep_ratio: float | None
     seed: int
@@ -112,7 +114,8 @@ def identity(settings, rows, device):
         "question_digest": digest.hexdigest(),
         "swap_scans": settings.swap_scans,
         **{name: getattr(settings, name) for name in names},
-        **({"seed": settings.seed} if settings.scheduler == "random" else {}),
+        **({"seed": settings.seed} if getattr(SCHEDULERS.get(settings.scheduler), "draws", False) else {}),
+        **({} if settings.scheduler_layer is None else {"scheduler_layer": settings.scheduler_layer}),
         **({"grounding": True} if settings.grounding else {}),
         "slices": settings.slices,
         "window": list(settings.window),
@@ -157,8 +160,8 @@ def _digest(folder):
 
 def _answer_groups(settings, device, groups, done, rank):
     """Answers a rank's groups, except questions in `done`. Returns {id: record}, each already in the rank's file."""
-    names = ("revision", "trust_remote_code", "dtype", "modality", "scheduling", "scheduler", "seed", "max_new_tokens",
-             "cache_dir", "slices", "window", "grounding")  # fmt: skip
+    names = ("revision", "trust_remote_code", "dtype", "modality", "scheduling", "scheduler", "scheduler_layer",
+             "seed", "max_new_tokens", "cache_dir", "slices", "window", "grounding")  # fmt: skip
     model = load_model(settings.model, device, **{name: getattr(settings, name) for name in names})
     by_letter = settings.choices == "logprob"
     scans, fresh = EncodedScans(model, list(groups), settings.read_ahead), {}

@@ -45,6 +45,7 @@ from photon.schedulers.stride import StrideScheduler
 from photon.schedulers.tome import ToMeScheduler
 from photon.schedulers.transprune import TransPruneScheduler
 from photon.schedulers.visionzip import VisionZipScheduler
+from photon.schedulers.weights import load_method, save_method
 from photon.schedulers.withdraw import WithdrawScheduler
 
 
@@ -66,4 +67,4 @@ def use_scheduler(model, name, **settings):
     return model.set_scheduler(scheduler.to(model.device).train(model.training))
 
 
-__all__ = ["SCHEDULERS", "BudgetScheduler", "use_scheduler"]
+__all__ = ["SCHEDULERS", "BudgetScheduler", "load_method", "save_method", "use_scheduler"]

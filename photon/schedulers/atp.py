@@ -47,11 +47,12 @@ class ATPScheduler(RowScheduler):
         if not (self.training and inputs.deletes):
             return super().forward(inputs)
         schedule = self.reference(inputs)
-        mask = torch.zeros_like(schedule.keep_prob)
+        mask = torch.zeros_like(schedule.keep_prob.detach())
         for number in range(len(mask)):
             mask[number, inputs.visual[number]] = (SHARPNESS * self.margin(row_of(inputs, number))).sigmoid()
         log_gate = mask.clamp(min=torch.finfo(mask.dtype).tiny).log().clamp(min=LOG_OF_NOTHING)
         log_gate = log_gate.masked_fill(~inputs.visual, 0.0)
+        mask = mask + 0.0 * schedule.keep_prob.sum()  # the reference takes part in the reduction over ranks
         return replace(schedule, keep_mask=inputs.visual, keep_prob=mask, log_gate=log_gate)
 
     def own_count(self, inputs):

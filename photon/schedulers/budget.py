@@ -17,8 +17,9 @@ class BudgetScheduler(nn.Module):
 
     A subclass is registered in `SCHEDULERS` under its `name` when its file is imported; `needs` are the names of the
     `SchedulerInputs` that it uses beyond those that are always given. `exact`: whether it keeps just as many tokens as
-    asked; `learns`: whether it has weights, which training moves; `lowest_layer`: the least `scheduler_layer` at which
-    it has something to read; `own_count`, where it has one: (B,) tokens that the method keeps by its own rule.
+    asked; `learns`: whether it has weights, which training moves; `draws`: whether the seed matters; `lowest_layer`:
+    the least `scheduler_layer` at which it has something to read; `own_count(inputs)`, where it has one: (B,) tokens
+    that it keeps by its own rule.
 
     Args: reference: the model's own scheduler; seed: for methods that draw; native: where a call gives no budget, keep
         as many as the method's own rule says.
@@ -26,7 +27,7 @@ class BudgetScheduler(nn.Module):
 
     name = None
     needs = frozenset()
-    exact, learns, lowest_layer = True, False, -1
+    exact, learns, draws, lowest_layer = True, False, False, -1
     own_count = None
 
     def __init_subclass__(cls, **kwargs):
@@ -44,12 +45,27 @@ class BudgetScheduler(nn.Module):
         self.needs = type(self).needs | reference.needs
 
     def forward(self, inputs):
-        """`SchedulerInputs` to a `Schedule`, whose keep probabilities and threshold are the reference's."""
+        """`SchedulerInputs` to a `Schedule`, whose keep probabilities and threshold are the reference's.
+
+        In training the keep probabilities are the selection itself, so that nothing teaches the reference; where
+        nothing is deleted yet, nothing is selected.
+        """
         schedule = self.reference(inputs)
+        if self.training:  # all weights take part in the reduction over ranks, with a gradient of 0
+            nothing = 0.0 * (schedule.keep_prob.sum() + sum(weight.sum() for weight in self.own_weights().values()))
+            schedule = replace(schedule, log_gate=None, keep_prob=inputs.visual + nothing)
+            if not inputs.deletes:
+                return schedule
         by_rule = self.native and inputs.keep_count is None
         count = self.own_count(inputs) if by_rule else schedule.keep_mask.sum(-1)
         keep_mask, hidden_states = self.decide(inputs, count)
+        if self.training:
+            schedule = replace(schedule, keep_prob=keep_mask + nothing)
         return replace(schedule, keep_mask=keep_mask, hidden_states=hidden_states)
+
+    def own_weights(self):
+        """{name: weight} of the method, without the reference's."""
+        return {name: weight for name, weight in self.named_parameters() if not name.startswith("reference.")}
 
     def decide(self, inputs, count):
         """Which tokens stay, (B, V) bool, `count` (B,) of each row, and what `merge` makes of them."""

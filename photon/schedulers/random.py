@@ -13,6 +13,7 @@ class RandomScheduler(BudgetScheduler):
 
     name = "random"
     needs = frozenset({"row_number"})
+    draws = True
 
     def score(self, inputs):
         scores = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from photon.schedulers import SCHEDULERS
 from photon.training.losses import LossArguments
 from photon.training.parts import GROUPS, LORA_TARGET, STAGES
 
@@ -27,6 +28,15 @@ class ModelArguments:
     parts: list[str] | None = option(
         None, "train only these: vision, aligner, decoder, scheduler; default: as the stage says"
     )
+    scheduler: str | None = field(
+        default=None,
+        metadata={
+            "help": "train with another method of choosing tokens (photon/schedulers/): the decoder learns with what "
+            "it keeps, and the method where it has weights; stage tune",
+            "choices": [*SCHEDULERS],
+        },
+    )
+    keep_ratio: float | None = option(None, "with --scheduler: share of the visual tokens that training keeps")
     dtype: str | None = option(
         None, "type of frozen weights; default bfloat16 with --bf16 and --lora or align, else float32"
     )
@@ -153,6 +163,21 @@ def contradictions(model_args, data_args, loss_args, args):
         ),
         "--parts scheduler needs --stage tune: the other stages drop nothing.": (
             "scheduler" in (model_args.parts or ()) and model_args.stage != "tune"
+        ),
+        "--scheduler needs --stage tune: the other stages drop nothing.": (
+            model_args.scheduler is not None and model_args.stage != "tune"
+        ),
+        "--scheduler needs --keep-ratio, a share above 0 and at most 1.": (
+            model_args.scheduler is not None and not 0 < (model_args.keep_ratio or 0) <= 1
+        ),
+        "--keep-ratio is for --scheduler; Photon's own learns how many tokens to keep.": (
+            model_args.keep_ratio is not None and model_args.scheduler is None
+        ),
+        "--scheduler with --lora, FSDP or DeepSpeed: only whole models are trained with another method.": (
+            model_args.scheduler is not None and (model_args.lora or bool(args.fsdp) or args.deepspeed is not None)
+        ),
+        "--evidence-weight teaches Photon's own scheduler, not another method. Leave out --scheduler.": (
+            model_args.scheduler is not None and loss_args.evidence_weight > 0
         ),
         "--token-labels teaches the vision tower, which --parts leaves out.": (
             loss_args.token_labels and model_args.parts is not None and "vision" not in model_args.parts

@@ -7,6 +7,7 @@ import torch
 
 from photon.conversion import PATCH_EMBED
 from photon.loading import adapter_base, load_config, load_model, load_processor, peft
+from photon.schedulers import use_scheduler
 from photon.training.memory import save_memory
 
 SCHEDULER = "model.language_model.scheduler"
@@ -43,6 +44,8 @@ def trained_model(model_args, args):
     model = load_model(model_args.model, config=config, **options)
     if model_args.stage != "align":  # answers then come from the tokens that the model was trained on
         model.config.use_scheduler = model_args.stage == "tune"
+    if model_args.scheduler is not None:
+        use_scheduler(model, model_args.scheduler, seed=args.seed)
     model = select_parameters(model, model_args)
     save_memory(model, args)
     if args.gradient_checkpointing:

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi
 
 from photon.loading import ADAPTED_CONFIG, complete_generation_config, load_config, load_model
+from photon.schedulers import save_method
 
 CARD = """---
 base_model: {base}
@@ -46,6 +47,12 @@ def save_result(trainer, model_args, output):
             shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     saved = adapter if model_args.lora else partial
+    if model_args.scheduler is not None:  # its weights lie beside the model's, whose own scheduler returns
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.is_world_process_zero():
+            partial.mkdir(parents=True)
+            save_method(model, partial)
+        model.set_scheduler(model.model.language_model.scheduler.reference)
     complete_generation_config(trainer.accelerator.unwrap_model(trainer.model))
     trainer.save_model(str(saved), _internal_call=True)  # every rank takes part where weights are sharded
     trainer.accelerator.wait_for_everyone()

@@ -39,11 +39,12 @@ class PhotonTrainer(Trainer):
             wrapping, sharding and checkpoints include it.
         without_decoder: train the vision tower by those losses alone; the decoder is left out.
         features: `FeatureCache` of the collator, or `None`.
+        keep_ratio: share of the visual tokens that another selection method keeps, or `None`.
     """
 
     def __init__(
         self, model, *args, stage, prompt_collator, max_new_tokens, losses=(), without_decoder=False, features=None,
-        **kwargs,
+        keep_ratio=None, **kwargs,
     ):  # fmt: skip
         for loss in losses:
             if loss.module is not None:
@@ -51,6 +52,7 @@ class PhotonTrainer(Trainer):
         super().__init__(model, *args, **kwargs)
         self.stage, self.prompt_collator, self.max_new_tokens = stage, prompt_collator, max_new_tokens
         self.losses, self.without_decoder, self.features = list(losses), without_decoder, features
+        self.scheduling = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
         volumes = self.processing_class.image_processor
         self.empty, self.full = -volumes.mean / volumes.std, (1 - volumes.mean) / volumes.std
         self.loss_names = ["lm_loss", "band_loss", *(loss.name for loss in self.losses)]
@@ -122,7 +124,7 @@ class PhotonTrainer(Trainer):
             if "features" in packed:
                 packed = self.features.encoded(self.accelerator.unwrap_model(model), packed)
             skip = model.training and not any(loss.needs_logits for loss in self.losses)
-            outputs = model(**packed, num_items_in_batch=items, skip_logits=skip)
+            outputs = model(**packed, **self.scheduling, num_items_in_batch=items, skip_logits=skip)
             loss = outputs["loss"]
             self.note(inputs, outputs, objectives)
         if model.training:
@@ -268,6 +270,7 @@ class PhotonTrainer(Trainer):
                 do_sample=False,
                 return_dict_in_generate=True,
                 use_scheduler=self.stage == "tune",
+                **self.scheduling,
             )
         texts = self.processing_class.batch_decode(
             output.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True

@@ -1,0 +1,120 @@
+"""Every selection method on the same questions, at equal kept tokens and at equal layer-averaged tokens.
+
+    python benchmarks/peers.py                                  # smoke: the tiny model on a few phantoms, two minutes
+    python benchmarks/peers.py --preset full --dense DIR --trained DIR --data test.jsonl --rows 400
+
+--dense is a model that was trained on all tokens: methods that need no training choose among its tokens. --trained is
+ours, trained with the cut. --peer NAME=DIR adds a model that `train_hf.py --scheduler NAME` has trained. Answers go to
+--output as they come, and the same command goes on where it was stopped. A scan is read and encoded once for all
+methods of a model. At the end --json gets the figures, --page the table between its marks, and --plot the picture.
+"""
+
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+
+from common import ROOT, arguments, report
+from peers_arms import arms_of
+from peers_report import figures, plot, write_page
+from peers_run import run_model
+from photon.evaluation.questions import load_benchmark
+from photon.evaluation.run import fingerprint
+from photon.loading import load_config
+from photon.phantoms.dataset import DataConfig, write_data_set
+from photon.run_folder import RunError, open_run
+
+FILE = "answers.jsonl"
+FEW = 4  # questions of a patient: more patients make narrower intervals than more questions
+PRESETS = {
+    "smoke": {"shares": (0.3, 0.05), "seeds": 2, "rows": 6},
+    "full": {"shares": (0.5, 0.3, 0.2, 0.1, 0.05, 0.03), "seeds": 5, "rows": 400},
+}
+SMOKE_PATIENTS = 3
+
+
+def questions(file, count, seed=0):
+    """`count` rows of a file, at most `FEW` of a patient, with the paths of label maps; drawn by the seed."""
+    rows = load_benchmark("jsonl", file)
+    extra = {}
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        paths = {n: [str(Path(file).parent / p) for p in record.get(n) or ()] for n in ("labels", "lesions")}
+        extra[record["id"]] = paths | {"evidence": record.get("evidence")}
+    patients = {}
+    for row in random.Random(seed).sample(rows, len(rows)):
+        patients.setdefault(row["patient"], []).append(row)
+    chosen = [row for asked in patients.values() for row in asked[:FEW]][:count]
+    known = [row | extra[row["id"]] for row in chosen if row["id"] in extra]
+    if len(known) < len(chosen):
+        raise RunError("--data has rows without an id; expected the form of python -m photon.phantoms.")
+    return sorted(known, key=lambda row: (row["patient"], row["id"]))
+
+
+def finished(file):
+    """{id of a line's first question}; a line that was cut short is taken out of the file."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        file.write_text("".join(whole), encoding="utf-8")
+    return {json.loads(line)["ids"][0] for line in whole}
+
+
+def main():
+    options = arguments(
+        __doc__,
+        [*PRESETS],
+        dense={"default": str(ROOT), "metavar": "DIR", "help": "model that was trained on all tokens"},
+        trained={"default": str(ROOT), "metavar": "DIR", "help": "our model, trained with the cut"},
+        peer={"action": "append", "default": [], "metavar": "NAME=DIR", "help": "model trained with a method"},
+        data={"metavar": "FILE", "help": "questions of python -m photon.phantoms, .jsonl; default: made now"},
+        rows={"type": int, "help": "how many questions"},
+        shares={"type": float, "nargs": "+", "metavar": "SHARE", "help": "of the visual tokens, for both budgets"},
+        output={"type": Path, "metavar": "FOLDER", "help": "answers as they come; default outputs/peers-PRESET"},
+        cache_dir={"metavar": "FOLDER", "help": "keep preprocessed scans in this folder"},
+        resamples={"type": int, "default": 2000, "help": "draws of patients for intervals"},
+        page={"type": Path, "metavar": "FILE", "help": "write the table between its marks in this page"},
+        plot={"type": Path, "metavar": "PNG", "help": "draw accuracy against layer-averaged tokens"},
+    )
+    preset = PRESETS[options.preset]
+    shares = options.shares or preset["shares"]
+    output = options.output or ROOT / "outputs" / f"peers-{options.preset}"
+    made = tempfile.TemporaryDirectory() if options.data is None else None
+    if made is not None:
+        held, *_ = write_data_set(Path(made.name), SMOKE_PATIENTS, DataConfig(seed=3))
+        options.data = str(Path(made.name) / "rows.jsonl")
+        Path(options.data).write_text("".join(json.dumps(row) + "\n" for row in held), encoding="utf-8")
+    rows = questions(options.data, options.rows or preset["rows"])
+    sources = {"dense": options.dense, "trained": options.trained, **dict(p.split("=", 1) for p in options.peer)}
+    layers = load_config(options.dense).text_config.num_hidden_layers
+    arms = arms_of(preset["seeds"], layers, [*sources][2:], original=max(layers // 4 - 1, 0))
+    lines, digests = [], {}
+    for name, source in sources.items():  # a folder each: another dense model leaves the answers of ours alone
+        mine, file = [arm for arm in arms if arm.model == name], output / name / FILE
+        digests[name] = fingerprint(source, None)
+        settings = {
+            "model": digests[name],
+            "questions": [row["id"] for row in rows],
+            "arms": [[arm.name, str(arm.method), str(arm.layer), arm.seed] for arm in mine],
+            "shares": shares,
+        }
+        open_run(file.parent, settings, begun=file.is_file())
+        done = finished(file)
+        with open(file, "a", encoding="utf-8") as stream:
+            run_model(name, source, mine, rows, shares, done, stream, options.cache_dir)
+        lines += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if made is not None:
+        made.cleanup()
+    table, facts = figures(lines, rows, shares, options.resamples)
+    facts |= {"models": digests}
+    report(torch.device("cpu"), table, {}, options.json, **facts)
+    if options.page:
+        write_page(options.page, table, facts, shares)
+    if options.plot:
+        plot(options.plot, table)
+
+
+if __name__ == "__main__":
+    main()

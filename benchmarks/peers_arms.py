@@ -1,0 +1,75 @@
+"""What `peers.py` compares: methods, each at the place in the model where it works, on the weights that suit it."""
+
+from dataclasses import dataclass
+
+TOWER = (
+    "stride", "grid", "body", "pooling", "visionzip", "hiprune", "prumerge", "prumerge-plus", "divprune", "cdpruner",
+    "tome", "evs", "evs-centre", "omniv", "medpruner", "ivtp",
+)  # fmt: skip
+OURS, ALL, SALIENCY = "photon, trained", "all tokens", "photon's saliency, untrained"
+FASTV_LAYER = 1  # K = 2: scored in the second layer
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table.
+
+    Args: name; model: "dense", "trained" or the name of a `--peer`; method: of `SCHEDULERS`, `None` for the model's
+        own scheduler; layer: `scheduler_layer`, `None` as the model was trained; seed: of draws; whole: keeps all
+        tokens; nothing: keeps none, whatever the budget.
+    """
+
+    name: str
+    model: str
+    method: str | None = None
+    layer: int | None = None
+    seed: int = 0
+    whole: bool = False
+    nothing: bool = False
+
+    @property
+    def line(self):
+        """The name of its line in the table, which several seeds share."""
+        return self.name.partition(" #")[0]
+
+
+def arms_of(seeds, layers, peers=(), original=0):
+    """All arms. layers: of the dense model's decoder; peers: names of methods with a model of their own; original: the
+    layer after which the paper cuts, a quarter of the way up."""
+    draws = range(seeds)
+    arms = [Arm(ALL, "dense", whole=True), Arm(SALIENCY, "dense", layer=-1)]
+    arms += [Arm(f"random #{seed}", "dense", "random", -1, seed) for seed in draws]
+    arms += [Arm(name, "dense", name, -1) for name in TOWER]
+    arms += [Arm(f"{SALIENCY}, after layer {original}", "dense", layer=original)]
+    arms += [
+        Arm(f"fastv, after layer {layer}", "dense", "fastv", layer)
+        for layer in dict.fromkeys((min(FASTV_LAYER, layers - 2), original))
+    ]
+    arms += [Arm(f"{name}, after layer {original}", "dense", name, original) for name in ("sparsevlm", "transprune")]
+    arms += [
+        Arm(f"withdraw, after layer {layer}", "dense", "withdraw", layer, nothing=True) for layer in range(layers - 1)
+    ]
+    arms += [Arm(OURS, "trained")]
+    arms += [Arm(f"random, on the weights of ours #{seed}", "trained", "random", seed=seed) for seed in draws]
+    return arms + [Arm(f"{name}, trained with it", name, name) for name in peers]
+
+
+def layer_average(share, layer, layers):
+    """Share of the visual tokens that a layer of the decoder sees on average, if `share` stays after `layer`."""
+    return (layer + 1 + (layers - layer - 1) * share) / layers
+
+
+def share_at(average, layer, layers):
+    """The share to keep after `layer` for this average over the layers, or `None` where it cannot be met."""
+    share = (average * layers - layer - 1) / (layers - layer - 1)
+    return round(share, 6) if share > 0 else None
+
+
+def shares_of(arm, layer, layers, shares):
+    """Shares of the visual tokens at which an arm is run: `shares`, and those that meet them on average of layers."""
+    if arm.whole:
+        return [1.0]
+    if arm.nothing:
+        return [0.0]
+    averages = [share_at(share, layer, layers) for share in shares] if layer >= 0 else []
+    return list(dict.fromkeys([*shares, *(share for share in averages if share is not None)]))

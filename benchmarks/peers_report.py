@@ -1,0 +1,217 @@
+"""Figures, table and plot of `peers.py`, from the lines that its runs wrote."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from peers_arms import ALL, OURS, layer_average, share_at
+from photon.evaluation.resampling import Sums, interval
+
+ALPHA = 0.05
+BEGIN, END = "<!-- table of peers -->", "<!-- end of table -->"
+SECONDS = ("selection", "prefill", "decode")
+DRAWN = ("random", "grid", "divprune", "visionzip", "pooling")  # lines with a colour of their own, beside ours
+
+
+def collected(lines):
+    """{(line of the table, share): column}; a column has for each question and seed what was measured, by its id."""
+    columns = {}
+    for line in lines:
+        for entry in line["arms"]:
+            key = entry["arm"].partition(" #")[0], entry["share"]
+            column = columns.setdefault(key, {"layer": entry["layer"], "layers": entry["layers"], "by_id": {},
+                                              "seconds": dict.fromkeys(SECONDS, 0.0), "asked": 0})  # fmt: skip
+            for name, result in zip(line["ids"], entry["results"], strict=True):
+                column["by_id"].setdefault(name, []).append(result)
+            for name in SECONDS:
+                column["seconds"][name] += entry["seconds"][name]
+            column["asked"] += len(line["ids"])
+    return columns
+
+
+def holm(values):
+    """Holm's correction of p values, a list; in their order."""
+    order, highest, corrected = sorted(range(len(values)), key=values.__getitem__), 0.0, [0.0] * len(values)
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = highest
+    return corrected
+
+
+def two_sided(differences):
+    """p of a difference from its bootstrap draws: twice the smaller share on one side of 0, never 0 itself."""
+    beyond = min((differences <= 0).sum(), (differences >= 0).sum())
+    return min(1.0, 2 * (beyond + 1) / (len(differences) + 1))
+
+
+def figures(lines, rows, shares, resamples, seed=0):
+    """Rows of the result, a dict for each method, axis and share, and what they rest on.
+
+    Args: lines: of the runs; rows: questions; shares: of the visual tokens, for both axes; resamples: draws of whole
+        patients, the same for all methods, so that differences are paired.
+    """
+    columns = collected(lines)
+    keys, ids = list(columns), [row["id"] for row in rows]
+    right = np.array([[np.mean([r[0] for r in columns[key]["by_id"][name]]) for key in keys] for name in ids])
+    sums = Sums([row | {"subtask": ""} for row in rows], np.c_[right, np.ones(len(rows))], resamples, seed)
+    whole = sums.all[0, :-1] / sums.all[0, -1]
+    drawn = sums.drawn[:, 0, :-1] / sums.drawn[:, 0, -1:]
+    place = {key: i for i, key in enumerate(keys)}
+
+    def entry(name, share, axis, asked_for):
+        column, i = columns[name, share], place[name, share]
+        results = [result for some in column["by_id"].values() for result in some]
+        recall = [r[2] for r in results if r[2] is not None]
+        return {
+            "method": name, "axis": axis, "share": asked_for, "kept": float(np.mean([r[1] for r in results])),
+            "below": column["layer"] + 1, "layer_average": layer_average(share, column["layer"], column["layers"]),
+            "accuracy": float(whole[i]), **{n: interval(whole[i], drawn[:, i])[n] for n in ("low", "high")},
+            "lesion_tokens_kept": float(np.mean(recall)) if recall else None,
+            **{f"{n}_ms": 1e3 * column["seconds"][n] / column["asked"] for n in SECONDS},
+        }  # fmt: skip
+
+    ours = next(columns[key] for key in keys if key[0] == OURS)
+    table = [entry(name, share, "all" if share else "none", share) for name, share in keys if share in (0.0, 1.0)]
+    for axis in ("kept", "layers"):
+        for share in shares:
+            own = share
+            if axis == "layers" and ours["layer"] >= 0:
+                own = share_at(share, ours["layer"], ours["layers"])
+            block = []
+            for name in dict.fromkeys(name for name, _ in keys):
+                found = _share_of(columns, name, axis, share)
+                if name != ALL and found is not None:
+                    block.append((entry(name, found, axis, share), place[name, found]))
+            _compare(block, place.get((OURS, own)), whole, drawn)
+            table += [line for line, _ in block]
+    facts = {"questions": len(rows), "patients": sums.patients, "resamples": resamples, "seconds_a_scan": {}}
+    for name in dict.fromkeys(line["model"] for line in lines):
+        some = [line["seconds"] for line in lines if line["model"] == name]
+        facts["seconds_a_scan"][name] = {part: float(np.mean([s[part] for s in some])) for part in some[0]}
+    return table, facts
+
+
+def _share_of(columns, name, axis, share):
+    """The share that a method was run at for this budget, or `None`."""
+    for (other, ran), column in columns.items():
+        if other == name:
+            average = round(layer_average(ran, column["layer"], column["layers"]), 4)
+            if (ran if axis == "kept" else average) == round(share, 4) and not (axis == "kept" and ran == 0):
+                return ran
+    return None
+
+
+def _compare(block, ours, whole, drawn):
+    """Adds to each entry by how much ours is ahead, with interval, p, and p after Holm over the block."""
+    others = [(line, i) for line, i in block if ours is not None and i != ours]
+    values = [two_sided(drawn[:, ours] - drawn[:, i]) for _, i in others]
+    for line, _ in block:
+        line |= {"ours_ahead": None, "ahead_low": None, "ahead_high": None, "p": None, "p_holm": None}
+    for (line, i), p, corrected in zip(others, values, holm(values), strict=True):
+        ahead = interval(whole[ours] - whole[i], drawn[:, ours] - drawn[:, i])
+        line |= {"ours_ahead": ahead["value"], "ahead_low": ahead["low"], "ahead_high": ahead["high"]}
+        line |= {"p": p, "p_holm": corrected}
+
+
+# === Page and plot ===================================================================================================
+
+
+def _cell(line):
+    if line is None:
+        return ""
+    mark = ""
+    if line.get("p_holm") is not None and line["p_holm"] < ALPHA:
+        mark = " −" if line["ours_ahead"] > 0 else " +"
+    return f"{100 * line['accuracy']:.1f}{mark}"
+
+
+def page_table(table, facts, shares):
+    """The tables of docs/peers.md, in Markdown."""
+    whole = next(line for line in table if line["axis"] == "all")
+    text = [
+        f"{facts['questions']} questions, {facts['patients']} patients. All tokens, model trained dense: "
+        f"{100 * whole['accuracy']:.1f} % right ({100 * whole['low']:.1f} to {100 * whole['high']:.1f})."
+    ]
+    text += [
+        f"{line['method']}, which averages {100 * line['layer_average']:.0f} %: {100 * line['accuracy']:.1f} % right "
+        f"({100 * line['low']:.1f} to {100 * line['high']:.1f})."
+        for line in table if line["axis"] == "none"
+    ]  # fmt: skip
+    heads = [f"{100 * share:g} %" for share in shares]
+    for axis, title in (("kept", "Equal kept tokens"), ("layers", "Equal layer-averaged tokens")):
+        names = list(dict.fromkeys(line["method"] for line in table if line["axis"] == axis))
+        found = {(line["method"], line["share"]): line for line in table if line["axis"] == axis}
+        if axis == "layers":  # those that cut before the first layer keep as many on average as above
+            names = [
+                name for name in names if any(line["below"] for (other, _), line in found.items() if other == name)
+            ]
+        more = ("lesion tokens kept at 10 %", "selection, ms a question at 10 %") if axis == "kept" else ()
+        text += [
+            "",
+            f"{title}:",
+            "",
+            f"| | {' | '.join((*heads, *more))} |",
+            "|---|" + "---|" * (len(heads) + len(more)),
+        ]
+        for name in names:
+            cells = [_cell(found.get((name, share))) for share in shares]
+            if more:
+                tenth = found.get((name, 0.1)) or {}
+                recall, spent = tenth.get("lesion_tokens_kept"), tenth.get("selection_ms")
+                cells += ["" if recall is None else f"{100 * recall:.0f} %", "" if spent is None else f"{spent:.1f}"]
+            text.append(f"| {name} | {' | '.join(cells)} |")
+    text += ["", "Seconds a scan, for all its questions:", ""]
+    for name, parts in facts["seconds_a_scan"].items():
+        text.append(f"- {name}: " + ", ".join(f"{part} {value:.3f}" for part, value in parts.items()))
+    return "\n".join(text) + "\n"
+
+
+def write_page(page, table, facts, shares):
+    """Puts the tables between the marks of a page."""
+    text = Path(page).read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"--page has no lines {BEGIN} and {END}, between which the table goes.")
+    new = f"{BEGIN}\n{page_table(table, facts, shares)}{END}"
+    text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: new, text, flags=re.S)
+    Path(page).write_text(text, encoding="utf-8")
+
+
+def plot(path, table):
+    """Accuracy against layer-averaged tokens: a line for each method, with intervals of ours and of a few."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.add_subplot()
+    points = {}
+    for line in table:
+        points.setdefault(line["method"], {})[round(line["layer_average"], 4)] = line
+    colours = iter(("#4cc9f0", "#2a9d8f", "#7b2cbf", "#e76f51", "#606060"))
+    for name, by_share in points.items():
+        at = sorted(by_share)
+        value, low, high = ([100 * by_share[share][n] for share in at] for n in ("accuracy", "low", "high"))
+        percent = [100 * share for share in at]
+        if name == ALL:
+            axis.axhline(value[0], color="0.3", linestyle=":", label=f"{name} (trained dense)")
+        elif name == OURS:
+            axis.errorbar(
+                percent, value, _sides(value, low, high), color="#c1121f", linewidth=2.5, capsize=3, label=name
+            )
+        elif name in DRAWN:
+            colour = next(colours)
+            axis.errorbar(percent, value, _sides(value, low, high), color=colour, capsize=2, label=name)
+        else:
+            axis.plot(percent, value, color="0.75", linewidth=1, zorder=1)
+            axis.annotate(name, (percent[0], value[0]), fontsize=6, color="0.45", ha="right", xytext=(-3, -2),
+                          textcoords="offset points")  # fmt: skip
+    axis.set_xscale("log")
+    ticks = [3, 5, 10, 20, 30, 50, 100]
+    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel="visual tokens, mean over the decoder's layers", ylabel="questions answered right, %")
+    axis.legend(fontsize=8, loc="lower right")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _sides(value, low, high):
+    return [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]

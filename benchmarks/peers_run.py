@@ -1,0 +1,196 @@
+"""Runs the arms of `peers.py` on questions: answers, what was kept, and seconds, as lines of JSON."""
+
+import json
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+from transformers import StoppingCriteria
+
+from peers_arms import shares_of
+from photon.configuration_photon import PhotonConfig
+from photon.evaluation.dealing import grouped
+from photon.evaluation.encoded_scans import EncodedScans
+from photon.evaluation.measures import same_answer
+from photon.evaluation.models import VolumeModel, prompt
+from photon.loading import load_config, load_model, load_processor
+from photon.schedulers import BudgetScheduler, load_method, use_scheduler
+from photon.schedulers.recorders import (
+    MIDDLE,
+    VOXELS,
+    record_middle,
+    record_queries,
+    record_transitions,
+    record_voxels,
+)
+from photon.scheduling_photon import NEEDS
+from photon.training.losses.label_maps import PRESENT, TokenLabels
+
+LONGEST = 6  # tokens of an answer
+CLASSES = 11  # organs of the phantoms, and background
+
+
+class Everything(BudgetScheduler):
+    """Records what all methods read, so that one encoding of a scan serves them all."""
+
+    needs = NEEDS
+    scan_records = (*VOXELS, *MIDDLE)
+
+    @contextmanager
+    def record_scan(self, *where):
+        with record_voxels(*where), record_middle(*where):
+            yield
+
+    @contextmanager
+    def record_layers(self, recorded, layers):
+        with ExitStack() as stack:
+            for record in (record_transitions, record_queries) if len(layers) else ():
+                stack.enter_context(record(recorded, layers))
+            yield
+
+
+class TimedModel(VolumeModel):
+    """Notes the seconds of the vision tower."""
+
+    vision = 0.0
+
+    def encode(self, scan):
+        start = time.perf_counter()
+        encoded = super().encode(scan)
+        self.vision += time.perf_counter() - start
+        return encoded
+
+
+class Clock(StoppingCriteria):
+    """Never stops generation; notes when the first token was there."""
+
+    first = None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.first = self.first or time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass
+class Place:
+    """A model that cuts after one layer, and the selection methods that are tried there."""
+
+    reader: TimedModel
+    source: str
+    own: object
+    everything: Everything
+    methods: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source, layer, cache_dir):
+        settings = load_config(source).to_dict()
+        config = PhotonConfig.from_dict(settings if layer is None else settings | {"scheduler_layer": layer})
+        model = load_model(source, config=config, dtype=torch.float32).eval()
+        own = model.model.language_model.scheduler
+        reader = TimedModel(load_processor(source), model, LONGEST, cache_dir=cache_dir)
+        return cls(reader, source, own, Everything(own).eval())
+
+    @property
+    def model(self):
+        return self.reader.model
+
+    @property
+    def layer(self):
+        return self.model.config.scheduler_layer
+
+    def set_method(self, arm):
+        """Makes the model choose as an arm does. Returns the scheduler."""
+        if arm not in self.methods:
+            self.model.set_scheduler(self.own)
+            if arm.method is not None:
+                use_scheduler(self.model, arm.method, seed=arm.seed)
+                load_method(self.model, self.source)
+            self.methods[arm] = self.model.model.language_model.scheduler
+        self.model.set_scheduler(self.methods[arm])
+        return self.methods[arm]
+
+    def inputs(self, rows, scans):
+        """The model's inputs of questions on the same scans, and the seconds of what they share of the decoder."""
+        self.model.set_scheduler(self.everything)
+        start = time.perf_counter()
+        inputs = self.reader.inputs([prompt(row, scans, self.reader.part) for row in rows], scans)
+        return inputs, time.perf_counter() - start
+
+    @torch.inference_mode()
+    def answers(self, arm, inputs, share):
+        """Texts, keep masks (B, V) or `None` where all is kept, and seconds of selection, prefill and decode."""
+        scheduler, clock, spent = self.set_method(arm), Clock(), []
+        hooks = [
+            scheduler.register_forward_pre_hook(lambda *_: spent.append(-time.perf_counter())),
+            scheduler.register_forward_hook(lambda *_: spent.append(time.perf_counter())),
+        ]
+        options = {"use_scheduler": False} if arm.whole else {"keep_ratio": share}
+        start = time.perf_counter()
+        output = self.model.generate(
+            **inputs, **options, max_new_tokens=LONGEST, do_sample=False, return_dict_in_generate=True,
+            stopping_criteria=[clock],
+        )  # fmt: skip
+        end, selection = time.perf_counter(), sum(spent)
+        for hook in hooks:
+            hook.remove()
+        texts = self.reader.processor.batch_decode(
+            output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        cut = output.past_key_values.cut
+        seconds = {"selection": selection, "prefill": clock.first - start - selection, "decode": end - clock.first}
+        return texts, None if cut is None else cut.keep_mask, seconds
+
+
+def lesion_tokens(labels, row):
+    """(V,) bool: tokens of a row's scans that hold a lesion of the organs that it asks about; `None` where there are
+    none, or no label maps."""
+    if not row.get("lesions") or not row.get("evidence"):
+        return None
+    row = row | {"volumes": [scan if isinstance(scan, dict) else {"path": str(scan)} for scan in row["volumes"]]}
+    shares = torch.cat([labels(row, number) for number in range(len(row["volumes"]))])[:, :, 1]
+    found = (shares[..., row["evidence"]] > PRESENT).any(-1).any(-1)
+    return found if found.any() else None
+
+
+def measured(row, text, mask, lesions, tokens):
+    """[right, share of the tokens kept, share of the lesion tokens kept or `None`]."""
+    right = int(same_answer(text, row["answer"]))
+    if mask is None:
+        return [right, 1.0, None if lesions is None else 1.0]
+    recall = None if lesions is None else float(mask[: len(lesions)][lesions].float().mean())
+    return [right, int(mask.sum()) / tokens, recall]
+
+
+def run_model(name, source, arms, rows, shares, done, file, cache_dir):
+    """Answers all rows with all arms of one model; writes a line for the questions on each scan or pair of scans.
+
+    Args: rows: of `load_benchmark`, with the label maps' paths; done: first ids of lines that are there.
+    """
+    places = {layer: Place.of(source, layer, cache_dir) for layer in dict.fromkeys(arm.layer for arm in arms)}
+    first = next(iter(places.values()))
+    layers = first.model.config.text_config.num_hidden_layers
+    labels = TokenLabels(first.reader.processor.image_processor, CLASSES)
+    groups = {key: asked for key, asked in grouped(rows).items() if asked[0]["id"] not in done}
+    scans = EncodedScans(first.reader, list(groups))
+    for key, asked in tqdm(groups.items(), unit="scan", desc=name, disable=None):
+        first.model.set_scheduler(first.everything)
+        first.reader.vision = 0.0
+        taken = scans.take(key)
+        line = {"model": name, "ids": [row["id"] for row in asked], "seconds": {"vision": first.reader.vision}}
+        lesions, inputs = [lesion_tokens(labels, row) for row in asked], {}
+        for layer, place in places.items():
+            inputs[layer], line["seconds"][f"below the cut, layer {place.layer}"] = place.inputs(asked, taken)
+        tokens = (inputs[arms[0].layer]["input_ids"] == first.model.config.video_token_id).sum(-1).tolist()
+        line["arms"] = []
+        for arm in arms:
+            place = places[arm.layer]
+            for share in shares_of(arm, place.layer, layers, shares):
+                texts, masks, seconds = place.answers(arm, inputs[arm.layer], share)
+                masks = [None] * len(asked) if masks is None else masks
+                results = [measured(*parts) for parts in zip(asked, texts, masks, lesions, tokens, strict=True)]
+                entry = {"arm": arm.name, "share": share, "layer": place.layer, "layers": layers}
+                line["arms"].append(entry | {"results": results, "seconds": seconds})
+        file.write(json.dumps(line) + "\n")
+        file.flush()
