@@ -144,9 +144,7 @@ def page_table(table, facts, shares):
         names = list(dict.fromkeys(line["method"] for line in table if line["axis"] == axis))
         found = {(line["method"], line["share"]): line for line in table if line["axis"] == axis}
         if axis == "layers":  # those that cut before the first layer keep as many on average as above
-            names = [
-                name for name in names if any(line["below"] for (other, _), line in found.items() if other == name)
-            ]
+            names = list(dict.fromkeys(name for (name, _), line in found.items() if line["below"] or name == OURS))
         more = ("lesion tokens kept at 10 %", "selection, ms a question at 10 %") if axis == "kept" else ()
         text += [
             "",

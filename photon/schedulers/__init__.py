@@ -18,8 +18,10 @@ A method is one file with a subclass of `BudgetScheduler`, and one line that imp
             return -(places - middle).norm(dim=-1)                          # (B, V), the highest stay
 
 `score` is enough where tokens are kept or deleted. A method that merges tokens overrides `merge` too (see
-`visionzip.py`); one that has no budget of its own, or trains, subclasses `torch.nn.Module` and returns a `Schedule`.
-It is given to the model by `model.set_scheduler(module)`.
+`visionzip.py`). One that is easier written for a single prompt subclasses `RowScheduler` (`rows.py`) and has one
+method, `choose`. What the seam does not offer, a method records itself, of the vision tower or of the layers below
+the cut (`recorders.py`). Any other `torch.nn.Module` that returns a `Schedule` is given to the model by
+`model.set_scheduler(module)`.
 """
 
 # an import registers the method of its file
