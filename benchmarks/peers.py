@@ -12,6 +12,8 @@ methods of a model. At the end --json gets the figures, --page the table between
 import json
 import random
 import tempfile
+from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -75,6 +77,7 @@ def main():
         output={"type": Path, "metavar": "FOLDER", "help": "answers as they come; default outputs/peers-PRESET"},
         cache_dir={"metavar": "FOLDER", "help": "keep preprocessed scans in this folder"},
         resamples={"type": int, "default": 2000, "help": "draws of patients for intervals"},
+        report={"action": "store_true", "help": "ask nothing more: figures of the questions that all have answered"},
         page={"type": Path, "metavar": "FILE", "help": "write the table between its marks in this page"},
         plot={"type": Path, "metavar": "PNG", "help": "draw accuracy against layer-averaged tokens"},
     )
@@ -90,23 +93,32 @@ def main():
     sources = {"dense": options.dense, "trained": options.trained, **dict(p.split("=", 1) for p in options.peer)}
     layers = load_config(options.dense).text_config.num_hidden_layers
     arms = arms_of(preset["seeds"], layers, [*sources][2:], original=max(layers // 4 - 1, 0))
-    lines, digests = [], {}
-    for name, source in sources.items():  # a folder each: another dense model leaves the answers of ours alone
-        mine, file = [arm for arm in arms if arm.model == name], output / name / FILE
-        digests[name] = fingerprint(source, None)
-        settings = {
-            "model": digests[name],
-            "questions": [row["id"] for row in rows],
-            "arms": [[arm.name, str(arm.method), str(arm.layer), arm.seed] for arm in mine],
-            "shares": shares,
-        }
-        open_run(file.parent, settings, begun=file.is_file())
-        done = finished(file)
-        with open(file, "a", encoding="utf-8") as stream:
-            run_model(name, source, mine, rows, shares, done, stream, options.cache_dir)
-        lines += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    digests, files = {name: fingerprint(source, None) for name, source in sources.items()}, {}
+    with ExitStack() as stack:
+        runs = []
+        for name, source in sources.items():  # a folder each: another dense model leaves the answers of ours alone
+            mine = [arm for arm in arms if arm.model == name]
+            file = files[name] = output / name / FILE
+            settings = {
+                "model": digests[name],
+                "questions": [row["id"] for row in rows],
+                "arms": [[arm.name, str(arm.method), str(arm.layer), arm.seed] for arm in mine],
+                "shares": shares,
+            }
+            open_run(file.parent, settings, begun=file.is_file())
+            done = finished(file)
+            if not options.report:
+                stream = stack.enter_context(open(file, "a", encoding="utf-8"))
+                runs.append(run_model(name, source, mine, rows, shares, done, stream, options.cache_dir))
+        for _ in zip_longest(*runs):
+            pass
     if made is not None:
         made.cleanup()
+    lines = [json.loads(line) for file in files.values() for line in file.read_text(encoding="utf-8").splitlines()]
+    of_models = [{i for line in lines if line["model"] == name for i in line["ids"]} for name in sources]
+    rows = [row for row in rows if all(row["id"] in answered for answered in of_models)]
+    if not rows:
+        raise RunError("No question has been answered by all models yet; leave --report out to go on.")
     table, facts = figures(lines, rows, shares, options.resamples)
     facts |= {"models": digests}
     report(torch.device("cpu"), table, {}, options.json, **facts)

@@ -52,8 +52,10 @@ def figures(lines, rows, shares, resamples, seed=0):
     Args: lines: of the runs; rows: questions; shares: of the visual tokens, for both axes; resamples: draws of whole
         patients, the same for all methods, so that differences are paired.
     """
-    columns = collected(lines)
-    keys, ids = list(columns), [row["id"] for row in rows]
+    columns, ids = collected(lines), [row["id"] for row in rows]
+    for column in columns.values():
+        column["by_id"] = {name: column["by_id"][name] for name in ids}
+    keys = list(columns)
     right = np.array([[np.mean([r[0] for r in columns[key]["by_id"][name]]) for key in keys] for name in ids])
     sums = Sums([row | {"subtask": ""} for row in rows], np.c_[right, np.ones(len(rows))], resamples, seed)
     whole = sums.all[0, :-1] / sums.all[0, -1]

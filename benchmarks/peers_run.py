@@ -164,7 +164,8 @@ def measured(row, text, mask, lesions, tokens):
 
 
 def run_model(name, source, arms, rows, shares, done, file, cache_dir):
-    """Answers all rows with all arms of one model; writes a line for the questions on each scan or pair of scans.
+    """Answers all rows with all arms of one model; writes a line for the questions on each scan or pair of scans, and
+    yields after each, so that models take turns.
 
     Args: rows: of `load_benchmark`, with the label maps' paths; done: first ids of lines that are there.
     """
@@ -194,3 +195,4 @@ def run_model(name, source, arms, rows, shares, done, file, cache_dir):
                 line["arms"].append(entry | {"results": results, "seconds": seconds})
         file.write(json.dumps(line) + "\n")
         file.flush()
+        yield
