@@ -19,6 +19,7 @@ ORDER = {  # file: title
     "serving.md": "The server",
     "publish.md": "Push to the Hub",
     "method.md": "What the scheduler does",
+    "peers.md": "Other methods",
     "scans.md": "Scans and faults",
     "facts.md": "Card facts",
     "results.md": "Published figures",
