@@ -98,6 +98,22 @@ def test_batched_answers_are_those_of_ask(engine, scans):
         np.testing.assert_array_equal(sitk.GetArrayViewFromImage(mine), sitk.GetArrayViewFromImage(theirs))
 
 
+def test_grounding_is_that_of_ask(engine, scans):
+    """Also in a batch; none where nothing is deleted, or where a stop word ended the answer."""
+    questions = [f"Is there a lesion in the {organ}?" for organ in ORGANS]
+    with Held(engine):
+        asked = [engine.ask(chat(question), [scans[0]], grounding=True) for question in questions]
+        plain = engine.ask(chat(questions[0]), [scans[0]])
+    answers = [complete(one) for one in asked]
+    assert [answer.batch for answer in answers] == [4] * 4 and complete(plain).grounding is None
+    told = asking.ask_all(engine.processor, engine.model, [body(0)], questions, grounding=True)
+    assert [a.grounding for a in answers] == pytest.approx([result["grounding"] for result, _, _ in told], abs=1e-3)
+    whole = complete(engine.ask(chat(questions[0]), [scans[0]], grounding=True, use_scheduler=False))
+    stop = answers[0].text[-1]
+    stopped = complete(engine.ask(chat(questions[0]), [scans[0]], grounding=True, stop=[stop]))
+    assert whole.grounding is None and stopped.grounding is None
+
+
 def test_only_what_fits_is_answered_together(engine, scans):
     with Held(engine):
         asked = [

@@ -105,7 +105,7 @@ def build_page(engine, visits, tiny, timeout=120.0):
         try:
             options = {"token_budget": int(budget)} if budget else {}
             asked = engine.ask(chat_of(visit.turns if with_earlier else (), question), [scan.encoded],
-                               timeout=timeout, **options)  # fmt: skip
+                               timeout=timeout, grounding=True, **options)  # fmt: skip
             text = ""
             for event in asked:
                 if not isinstance(event, Answer):
@@ -179,9 +179,11 @@ def remember(engine, visit, question, answer):
 
 
 def figures(answer):
-    """One line about an answer: what was kept, and the seconds."""
+    """One line about an answer: what was kept, how much the answer rests on it, and the seconds."""
     share = answer.tokens_kept / max(1, answer.tokens_seen)
     threshold = "" if answer.threshold is None else f", threshold {answer.threshold:.2f}"
     cut = {"length": "; cut at the longest answer", "timeout": "; cut, it took too long"}.get(answer.finish_reason, "")
+    grounding = "" if answer.grounding is None else f", grounding {answer.grounding:+.2f}"
     seconds = answer.seconds["waiting"] + answer.seconds["first_token"] + answer.seconds["decode"]
-    return f"{answer.tokens_kept} of {answer.tokens_seen} tokens kept ({share:.0%}){threshold}; {seconds:.1f} s{cut}"
+    kept = f"{answer.tokens_kept} of {answer.tokens_seen} tokens kept ({share:.0%})"
+    return f"{kept}{threshold}{grounding}; {seconds:.1f} s{cut}"

@@ -168,6 +168,7 @@ OPTIONS = {
     "token_budget": _number(1, 1_000_000, whole=True),
     "keep_ratio": _number(0, 1),
     "use_scheduler": _flag,
+    "grounding": _flag,
 }
 ALIASES = {"max_tokens": "max_completion_tokens"}
 

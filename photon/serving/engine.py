@@ -10,6 +10,7 @@ stopped at any time; its batch goes on without it.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -67,7 +68,8 @@ class Answer:
         prompt_tokens, answer_tokens: with the visual tokens before the cut.
         tokens_kept, tokens_seen: visual tokens; threshold: of the saliency, `None` where their number was given.
         keep_mask: (V,) bool; seconds: {"waiting", "first_token", "decode"}; batch: questions that were
-            answered together.
+            answered together; grounding: as of `PhotonForConditionalGeneration.grounding`, `None` where it was not
+            asked for, nothing was cut, or the answer was stopped.
     """
 
     text: str
@@ -80,6 +82,7 @@ class Answer:
     keep_mask: torch.Tensor
     seconds: dict
     batch: int
+    grounding: float | None = None
 
 
 @dataclass(eq=False)
@@ -158,13 +161,16 @@ class Engine:
         encoded = self.pool.submit(reader.encode, prepared).result()
         return EncodedScan(reader, encoded, prepared["scans"][0])
 
-    def ask(self, chat, scans, *, max_new_tokens=None, stop=(), timeout=120.0, on_event=None, **options):
+    def ask(
+        self, chat, scans, *, max_new_tokens=None, stop=(), timeout=120.0, on_event=None, grounding=False, **options
+    ):
         """A question: an `Asked` to iterate over.
 
         Args:
             chat: turns as the chat template takes them, with a part {"type": "volume"} for each scan in turn.
             scans: `EncodedScan`s; stop: texts that end an answer; timeout: seconds, with waiting.
             on_event: called with each event instead; see `Asked`.
+            grounding: whether to tell how much the answer rests on what was kept, at the cost of some forward passes.
             options: of `SCHEDULING` and `SAMPLING`.
         Raises: `Busy`, and `ValueError` for options that are not known.
         """
@@ -175,7 +181,7 @@ class Engine:
             raise ValueError(f"{', '.join(sorted(unknown))}: not known; expected {', '.join(SCHEDULING + SAMPLING)}.")
         longest = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
         options = {name: value for name, value in options.items() if value is not None}
-        options["max_new_tokens"] = longest
+        options |= {"max_new_tokens": longest} | ({"grounding": True} if grounding else {})
         asked = Asked(chat, list(scans), options, tuple(stop), time.monotonic() + timeout, on_event)
         with self.lock:
             if self.closed:
@@ -226,6 +232,7 @@ class Engine:
         scans = batch[0].scans
         inputs = scans[0].reader.inputs([asked.chat for asked in batch], [scan.encoded for scan in scans])
         options = dict(batch[0].options)
+        grounding = options.pop("grounding", False)
         if options.pop("seed", None) is not None:
             torch.manual_seed(batch[0].options["seed"])
         options = {"do_sample": False, "num_beams": 1} | options
@@ -238,6 +245,10 @@ class Engine:
         seen = (inputs["input_ids"] == self.model.config.video_token_id).sum(-1).tolist()
         given = {"token_budget", "keep_ratio"} & set(options)
         prompts = inputs["attention_mask"].sum(-1).tolist()
+        asked_for = grounding and cut is not None
+        grounded = (
+            self._grounding(inputs, output.sequences, reporter.rows, options) if asked_for else [None] * len(batch)
+        )
         for row, asked in enumerate(batch):
             text = reporter.rows[row]
             text.finish()
@@ -260,8 +271,16 @@ class Engine:
                     keep_mask=mask,
                     seconds=seconds,
                     batch=len(batch),
+                    grounding=grounded[row] if 0 < int(mask.sum()) < seen[row] else None,
                 )
             )
+
+    def _grounding(self, inputs, sequences, rows, options):
+        """A number for each row, `None` where its answer was stopped from outside: the rest is no answer of the
+        model's."""
+        how = {name: options[name] for name in SCHEDULING if name in options}
+        values = self.model.grounding(sequences, **inputs, **how).tolist()
+        return [v if text.own_end and math.isfinite(v) else None for v, text in zip(values, rows, strict=True)]
 
     def _over(self, asked, now):
         """Whether nobody waits for the answer any more; then it is told so."""
@@ -297,13 +316,14 @@ class RowText:
     def __init__(self, asked, processor, end_ids):
         self.asked, self.processor, self.end_ids = asked, processor, end_ids
         self.ids, self.text, self.sent, self.reason = [], "", 0, None
+        self.own_end = False  # whether the model ended it, or its length; not a stop word or the visitor
 
     def add(self, token, now):
         """Takes one token more; returns whether the answer is complete."""
         if self.reason:
             return True
         if token in self.end_ids:
-            self.reason = "stop"
+            self.reason, self.own_end = "stop", True
         else:
             self.ids.append(token)
             self.text = self.processor.decode(self.ids, skip_special_tokens=True)
@@ -319,7 +339,8 @@ class RowText:
 
     def finish(self):
         """What was held back, after the last step."""
-        self.reason = self.reason or "length"
+        if self.reason is None:
+            self.reason, self.own_end = "length", True
         self._send(whole=True)
 
     def _send(self, whole):

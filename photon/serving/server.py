@@ -274,10 +274,11 @@ def usage(answer):
 
 
 def kept(answer):
-    """What the API does not know: visual tokens kept and seen, the threshold, seconds, the batch."""
+    """What the API does not know: visual tokens kept and seen, threshold, grounding, seconds, the batch."""
     seconds = {name: round(value, 4) for name, value in answer.seconds.items()}
     return {"tokens_kept": answer.tokens_kept, "tokens_seen": answer.tokens_seen, "threshold": answer.threshold,
-            "seconds": seconds, "batch": answer.batch, "finish_reason": answer.finish_reason}  # fmt: skip
+            "grounding": answer.grounding, "seconds": seconds, "batch": answer.batch,
+            "finish_reason": answer.finish_reason}  # fmt: skip
 
 
 def file_object(name, file):

@@ -137,7 +137,7 @@ def test_a_scan_of_ones_own(server, visit, tmp_path):
     ask(page, "Is there a lesion in the liver?")
     ask(page, "Is there a lesion in the right lung?")
     chat = page.inner_text("#photon-chat")
-    assert chat.count(f"of {TOKENS} tokens kept") == 2 and " s" in chat
+    assert chat.count(f"of {TOKENS} tokens kept") == 2 and chat.count(", grounding ") == 2 and " s" in chat
     assert page.locator(".pv-pane canvas").count() == 3
     # planes are linked: the wheel, keys, a click and a slider move the cross-hair
     axial, coronal = page.locator(".pv-pane canvas").nth(0), page.locator(".pv-pane canvas").nth(1)

@@ -115,6 +115,7 @@ def test_what_is_kept_and_sampled(client, file_id):
     assert ask(extra_body={"token_budget": 9}).photon["tokens_kept"] == 9
     assert ask(extra_body={"keep_ratio": 0.1}).photon["tokens_kept"] == 42
     assert ask(extra_body={"use_scheduler": False}).photon["tokens_kept"] == TOKENS
+    assert ask().photon["grounding"] is None and ask(extra_body={"grounding": True}).photon["grounding"]
     texts = {ask(temperature=2.0, seed=7, max_tokens=8).choices[0].message.content for _ in range(2)}
     assert len(texts) == 1  # the same seed
 
