@@ -112,6 +112,12 @@ def test_grounding_is_that_of_ask(engine, scans):
     stop = answers[0].text[-1]
     stopped = complete(engine.ask(chat(questions[0]), [scans[0]], grounding=True, stop=[stop]))
     assert whole.grounding is None and stopped.grounding is None
+    ends, engine.end_ids = engine.end_ids, set()
+    try:  # an answer that its length ends has one
+        cut = complete(engine.ask(chat(questions[0]), [scans[0]], grounding=True, max_new_tokens=1))
+    finally:
+        engine.end_ids = ends
+    assert cut.finish_reason == "length" and cut.grounding is not None
 
 
 def test_only_what_fits_is_answered_together(engine, scans):

@@ -245,13 +245,13 @@ class Engine:
         seen = (inputs["input_ids"] == self.model.config.video_token_id).sum(-1).tolist()
         given = {"token_budget", "keep_ratio"} & set(options)
         prompts = inputs["attention_mask"].sum(-1).tolist()
-        asked_for = grounding and cut is not None
-        grounded = (
-            self._grounding(inputs, output.sequences, reporter.rows, options) if asked_for else [None] * len(batch)
-        )
+        for text in reporter.rows:
+            text.finish()
+        grounded = [None] * len(batch)
+        if grounding and cut is not None:
+            grounded = self._grounding(inputs, output.sequences, reporter.rows, options)
         for row, asked in enumerate(batch):
             text = reporter.rows[row]
-            text.finish()
             mask = torch.ones(seen[row], dtype=torch.bool) if cut is None else cut.keep_mask[row, : seen[row]].cpu()
             first = reporter.first or end
             seconds = {
