@@ -38,7 +38,7 @@ SEED = 2026  # of patients that are made now: not those of the tiny model's trai
 
 def questions(file, count, seed=0):
     """`count` rows of a file, at most `FEW` of a patient, with the paths of label maps; drawn by the seed."""
-    rows = load_benchmark("jsonl", file)
+    rows, few = load_benchmark("jsonl", file), max(1, min(FEW, count // 2))  # of two patients at least
     extra = {}
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -47,7 +47,7 @@ def questions(file, count, seed=0):
     patients = {}
     for row in random.Random(seed).sample(rows, len(rows)):
         patients.setdefault(row["patient"], []).append(row)
-    chosen = [row for asked in patients.values() for row in asked[:FEW]][:count]
+    chosen = [row for asked in patients.values() for row in asked[:few]][:count]
     known = [row | extra[row["id"]] for row in chosen if row["id"] in extra]
     if len(known) < len(chosen):
         raise RunError("--data has rows without an id; expected the form of python -m photon.phantoms.")
