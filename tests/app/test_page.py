@@ -21,7 +21,7 @@ from running import running  # noqa: E402
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--enable-unsafe-swiftshader", "--use-angle=swiftshader", "--ignore-gpu-blocklist"]
-WAIT = 120_000  # ms; the machine may be busy
+WAIT = 300_000  # ms; the machine may be busy
 CONTRAST = """(element) => {
   const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = (rgb) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
