@@ -49,7 +49,7 @@ def main(argv=None):
     preset, folder = PRESETS[args.preset], args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     make_data(folder, preset)
-    rows, found, asked = test_rows(folder, preset.rows), {}, jobs(args, preset)
+    rows, found, asked = test_rows(folder, preset.rows, preset.tasks), {}, jobs(args, preset)
     for number, (arm, seed) in enumerate(asked, start=1):
         print(f"{number} of {len(asked)}: {arm.name}, seed {seed}", file=sys.stderr)
         final = train(folder, arm, seed, preset)
