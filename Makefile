@@ -39,6 +39,9 @@ real-size: .venv/dev  ## a random 3B model: converted, asked, one LoRA step; mem
 	.venv/bin/python benchmarks/real_size.py --preset 3b --json benchmarks/results/real_size_3b.json
 
 evidence: .venv/dev  ## what answers alone teach a scheduler to keep: trainings, tables, plot (hours; goes on where it was)
+	.venv/bin/python -m photon.evidence --output evidence
+	.venv/bin/python benchmarks/surrogate.py --model evidence/start0 evidence/exact-0/checkpoint-* \
+	--data evidence/test/test.jsonl --json benchmarks/results/surrogate.json
 	.venv/bin/python -m photon.evidence --output evidence --report
 
 peers: .venv/dev  ## every selection method on the same questions: DENSE=, TRAINED=, DATA= (half an hour; goes on)

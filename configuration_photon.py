@@ -78,12 +78,12 @@ class PhotonConfig(Qwen2_5_VLConfig):
         scheduler_layer (`int`, *optional*, defaults to `num_hidden_layers // 4 - 1`, at least 0):
             Tokens are scored with this decoder layer's queries and keys and deleted after it. -1: scored with layer
             0's, deleted before it.
-        saliency (`str`, defaults to `"logits"`):
+        saliency (`str`, defaults to `"attention"`):
             `"logits"`: scaled dot products, as the release. `"attention"`: their softmax over the visual tokens.
-        saliency_scale (`str`, defaults to `"minmax"`):
-            What the threshold is compared with: the saliency between 0 and 1 over a row's visual tokens, as in the
-            release, or its `"standard"` score (mean 0, deviation 1; of the logarithm of attention).
-        saliency_gradient (`bool`, defaults to `False`):
+        saliency_scale (`str`, defaults to `"standard"`):
+            What the threshold is compared with: the saliency between 0 and 1 over a row's visual tokens (`"minmax"`),
+            as in the release, or its standard score (mean 0, deviation 1; of the logarithm of attention).
+        saliency_gradient (`bool`, defaults to `True`):
             Whether gradients pass from the keep probabilities through the saliency into the scheduling layer's
             queries and keys, so that training moves the ranking of the tokens. Without it, as in the release, it
             learns one number for a scan and a question, the threshold.
@@ -104,7 +104,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
             Keep probability `sigmoid((saliency - threshold) / keep_temperature)`; kept where above `keep_cutoff`.
         min_kept_tokens (`int`): at least so many visual tokens stay in a row that has any.
         saliency_eps, centrality_floor (`float`): guards of the min-max scaling and of the question weights.
-        surrogate (`str`, defaults to `"taylor"`):
+        surrogate (`str`, defaults to `"exact"`):
             The gradient that reaches the keep probabilities p. `"release"` or `"taylor"`: the paper's rule with one
             sign or the other; the two push the threshold in opposite directions. `"gate"`: log p of each token is
             added to the attention logits of its key above the cut, in the hard phase less its own value, so that
@@ -115,11 +115,11 @@ class PhotonConfig(Qwen2_5_VLConfig):
             `"gated_flash_attention_2"` attention in training.
         surrogate_scale, surrogate_std_floor, surrogate_clip, surrogate_magnitude_min, surrogate_magnitude_max,
         surrogate_slope_floor, surrogate_eps (`float`): constants of that gradient.
-        keep_budget (`float`, *optional*):
+        keep_budget (`float`, *optional*, defaults to 0.1):
             Share of visual tokens that training keeps, held over each process's batch by one threshold that is solved
             for; the predictor's threshold is an offset to it by row. Inference uses a running mean of it, which is
-            saved with the weights. Needs `saliency_scale="standard"`. Without it a row's threshold is the predictor's
-            alone, as in the release.
+            saved with the weights. Needs `saliency_scale="standard"`. With `None` a row's threshold is the
+            predictor's alone, as in the release.
         budget_end_step (`int`):
             Optimizer step at which the budget is reached; it falls geometrically from 1 at `hard_start_step`.
         budget_momentum (`float`): of the running mean of the threshold.
@@ -127,7 +127,8 @@ class PhotonConfig(Qwen2_5_VLConfig):
             The gates of `"exact"`: `clamp(sigmoid((logit(u) + slope * margin) / temperature) * (high - low) + low)`
             between 0 and 1, u uniform. `gate_slope`, and the probability of a gate above 0, hold for every surrogate
             with `keep_budget`.
-        band_low, band_high, band_weight (`float`): the mean keep probability is pushed into [band_low, band_high].
+        band_low, band_high, band_weight (`float`): the mean keep probability is pushed into [band_low, band_high]; in
+            the release with a weight of 1. The default weight is 0, since the budget holds the share.
         robust_probability (`float`): share of training rows whose volume is perturbed.
         robust_shares (`list[float]`):
             How often each perturbation is drawn: shuffled patches; shuffled patches and voxels; patches zeroed;
@@ -155,9 +156,9 @@ class PhotonConfig(Qwen2_5_VLConfig):
 
     # --- ITS: instruction-conditioned token scheduling
     scheduler_layer: int | None = None
-    saliency: str = one_of("logits", "attention", default="logits")
-    saliency_scale: str = one_of("minmax", "standard", default="minmax")
-    saliency_gradient: bool = False
+    saliency: str = one_of("logits", "attention", default="attention")
+    saliency_scale: str = one_of("minmax", "standard", default="standard")
+    saliency_gradient: bool = True
     evict_early_layers: bool = False
     use_scheduler: bool = True
     output_full_length: bool = False
@@ -170,7 +171,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     saliency_eps: float | int = above_zero(1e-8)
     centrality_floor: float | int = above_zero(1.0)
     # --- SGP: surrogate gradient propagation
-    surrogate: str = one_of("release", "taylor", "gate", "exact", default="taylor")
+    surrogate: str = one_of("release", "taylor", "gate", "exact", default="exact")
     surrogate_scale: float | int = 0.8
     surrogate_std_floor: float | int = above_zero(3e-3)
     surrogate_clip: float | int = above_zero(1.5)
@@ -179,7 +180,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     surrogate_slope_floor: float | int = 5e-3
     surrogate_eps: float | int = above_zero(1e-6)
     # --- the budget, and the gates of the exact cut
-    keep_budget: float | int | None = share(None)
+    keep_budget: float | int | None = share(0.1)
     budget_end_step: int = 12000
     budget_momentum: float | int = share(0.9)
     gate_slope: float | int = above_zero(3.0)
@@ -189,7 +190,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     # --- objectives
     band_low: float | int = 0.3
     band_high: float | int = 0.8
-    band_weight: float | int = 1.0
+    band_weight: float | int = 0.0
     robust_probability: float | int = share(0.15)
     robust_shares: list[float] | tuple[float, ...] = (0.16, 0.16, 0.16, 0.16, 0.16, 0.20)
     robust_patch_drop: float | int = share(0.8)

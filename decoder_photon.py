@@ -360,7 +360,7 @@ class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
         if isinstance(module, Float32Linear):
             init.constant_(module.bias, module.bias_init)
         if isinstance(module, TokenScheduler) and module.config.keep_budget is not None:
-            init.zeros_(module.running_level)
+            init.constant_(module.running_level, module.first_level)
             init.zeros_(module.level_updates)
 
 

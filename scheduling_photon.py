@@ -270,17 +270,18 @@ class TokenScheduler(nn.Module):
 
     The threshold carries a gradient, through `Schedule.keep_prob` and `Schedule.log_gate`; the saliency does with
     `saliency_gradient` alone. With `config.keep_budget` a batch shares one more threshold, by which it keeps its
-    budget of visual tokens in training; the running mean of it is a buffer and serves inference.
+    budget of visual tokens in training; its running mean is a buffer and serves inference.
     """
 
     needs = frozenset()
+    first_level = -1e4  # keeps all tokens until training solves for a level
 
     def __init__(self, hidden_size, config):
         super().__init__()
         self.config = config
         self.predictor = ThresholdPredictor(hidden_size, config)
         if config.keep_budget is not None:
-            self.register_buffer("running_level", torch.zeros(()))
+            self.register_buffer("running_level", torch.tensor(self.first_level))
             self.register_buffer("level_updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, inputs):
@@ -377,10 +378,8 @@ def hard_concrete(logits, config):
 
 
 def budget_level(scores, visual, budget, config, steps=50):
-    """The level (a scalar) at which the mean keep probability of all visual tokens is `budget`, by bisection.
-
-    scores (B, V); visual (B, V) bool. The mean is over the tokens of all rows, so that rows may differ.
-    """
+    """The level (a scalar) at which the mean keep probability of all rows' visual tokens is `budget`, by bisection, so
+    that rows may differ. scores (B, V); visual (B, V) bool."""
     reach = (abs(gate_offset(config)) + 30) / config.gate_slope  # beyond it all probabilities are 0 or 1
     low, high = scores[visual].min() - reach, scores[visual].max() + reach
     for _ in range(steps):

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from common import ROOT, arguments, report
 from photon.configuration_photon import PhotonConfig
+from photon.conversion import RELEASE
 from photon.modeling_photon import PhotonForConditionalGeneration
 from photon.precision import free_memory
 
@@ -42,7 +43,7 @@ def release_name(name, layer):
 
 def write_release(folder, fields):
     """A checkpoint of the release's layout with random weights. Returns how many parameters it has."""
-    config = PhotonConfig(**fields)
+    config = PhotonConfig(**(fields | RELEASE))
     with torch.device("meta"):
         model = PhotonForConditionalGeneration(config)
     layout = {key: value for key, value in fields.items() if key not in ("model_type", "scheduler_layer")}

@@ -30,7 +30,12 @@ QWEN_NAMES = {
     r"^model\.(?!language_model\.|visual\.)": "model.language_model.",
 }
 UNUSED = re.compile(r"^model\.(language_model\.)?layers\.\d+\.atp\.pos_proj\.weight$")  # in the release, never read
-NEW = re.compile(r"^model\.language_model\.scheduler\.predictor\.")  # not in Qwen, nor in the release's first stage
+# not in Qwen, nor in the release's first stage
+NEW = re.compile(r"^model\.language_model\.scheduler\.(predictor\.|running_level|level_updates)")
+RELEASE = {
+    "surrogate": "release", "saliency": "logits", "saliency_scale": "minmax", "saliency_gradient": False,
+    "keep_budget": None, "band_weight": 1.0,
+}  # fmt: skip
 DROPPED_FIELDS = {"model_type", "architectures", "transformers_version", "auto_map", "custom_pipelines"}
 
 
@@ -132,8 +137,7 @@ def from_official(folder):
         folder,
         scheduler_layer=None if stage_one else layers.pop(),
         evict_early_layers=True,
-        surrogate="release",
-        saliency="logits",
+        **RELEASE,
     )
     model, info = load_renamed(folder, config, OFFICIAL_NAMES | QWEN_NAMES)
     refuse_misfits(info, missing=NEW if stage_one else re.compile("(?!)"))

@@ -113,14 +113,8 @@ def build_config(tokenizer, **fields):
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        **(
-            {
-                "scheduler_layer": -1,  # before the first layer, where no question has read the scan yet
-                "saliency": "logits",
-                "saliency_gradient": True,
-            }
-            | fields
-        ),
+        # cut before the first layer, where no question has read the scan yet
+        **({"scheduler_layer": -1, "robust_probability": 0, "flip_probability": 0} | fields),
     )
 
 
@@ -143,7 +137,7 @@ def main(argv=None):
     )
     torch.manual_seed(args.seed)
     model = PhotonForConditionalGeneration(config).to(torch.bfloat16)
-    with torch.no_grad():  # a threshold in the middle, so that an untrained model deletes tokens too
+    with torch.no_grad():  # offsets of either sign from the start
         model.model.language_model.scheduler.predictor.mlp[-1].bias.zero_()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,

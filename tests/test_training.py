@@ -32,6 +32,7 @@ import train_hf
 from conftest import ROOT, run_fresh
 from photon import loading
 from photon.configuration_photon import PhotonConfig
+from photon.conversion import RELEASE
 from photon.decoder_photon import PhotonTextModel
 from photon.loading import build_processor
 from photon.modeling_photon import PhotonForConditionalGeneration
@@ -67,7 +68,7 @@ def write_model(folder, hidden=32):
             "depth": 2, "hidden_size": 24, "intermediate_size": 40, "num_heads": 3, "out_hidden_size": hidden,
             "window_size": 56, "fullatt_block_indexes": [1],
         },
-        tie_word_embeddings=False,
+        tie_word_embeddings=False, **RELEASE | {"surrogate": "taylor"},
     )  # fmt: skip
     processor = build_processor(tokenizer, config, {"grid": GRID, "spacing": SPACING, "mean": 0.5, "std": 0.5})
     torch.manual_seed(5)
@@ -937,17 +938,15 @@ def test_four_bits_need_bitsandbytes(monkeypatch):
         four_bit()
 
 
-@pytest.mark.parametrize(
-    "recipe", ["align", "tune_lora", "tune_full", "tiny_tower", "tiny_lesions", "tiny_dense", "tiny_tune"]
-)
+@pytest.mark.parametrize("recipe", ["align", "tune_lora", "tune_full", "tiny_tower", "tiny_exact"])
 def test_recipes_are_arguments(recipe, tmp_path):
     more = ["--model", "m", "--train-data", "d", "--eval-data", "e", "--output-dir", str(tmp_path), "--use-cpu"]
     path = ROOT / "configs" / f"recipe_{recipe}.yaml"
     model_args, _, loss_args, args = parse([str(path), *more, "--bf16", "false"])
-    assert model_args.stage == ("align" if recipe == "align" else "tune" if "tune" in recipe else "dense")
+    assert model_args.stage == {"align": "align", "tiny_tower": "dense"}.get(recipe, "tune")
     assert model_args.lora == (recipe == "tune_lora") and loss_args.token_labels == (recipe == "tiny_tower")
     if model_args.stage == "tune":
-        assert Phases.of(args, 32_000).hard == (4800 if recipe == "tiny_tune" else 8000)
+        assert Phases.of(args, 32_000).hard == (1600 if recipe == "tiny_exact" else 8000)
 
 
 def test_settings_of_launchers_are_read(model):

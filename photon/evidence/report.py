@@ -163,10 +163,26 @@ def signal_table(result):
     return "\n".join(lines)
 
 
-def write_tables(result, page):
-    """Puts the tables between their marks in a Markdown page. Raises `ValueError` where it has no such marks."""
+def surrogate_table(rows):
+    """What each estimate says of a deletion's cost, of `benchmarks/surrogate.py`, in Markdown."""
+    lines = ["| model | estimate | cases | Spearman (95 %) | right sign (95 %) | forwards |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        figures = (
+            "{:.2f} ({:.2f} to {:.2f})".format(*(row[name + end] for end in ("", "_low", "_high")))
+            for name in ("spearman", "sign")
+        )
+        cells = ["/".join(row["model"].split("/")[-2:]), row["estimate"], row["cases"], *figures, row["cost"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write_tables(result, page, surrogate=None):
+    """Puts the tables between their marks in a Markdown page. surrogate: rows of `benchmarks/surrogate.py`. Raises
+    `ValueError` where the page has no such marks."""
     text = page.read_text(encoding="utf-8")
     tables = {"arms": arm_table(result), "controls": control_table(result), "signal": signal_table(result)}
+    if surrogate is not None:
+        tables["surrogate"] = surrogate_table(surrogate)
     for name, table in tables.items():
         pattern = re.compile(MARK.format(name, ".*?", name), re.DOTALL)
         if not pattern.search(text):

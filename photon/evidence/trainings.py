@@ -15,10 +15,6 @@ PHANTOMS = (
     "--option-orders", "2",
 )  # fmt: skip
 RECIPE = "configs/recipe_tiny_exact.yaml"
-START = {
-    "surrogate": "exact", "saliency": "attention", "saliency_scale": "standard", "keep_budget": 0.1, "band_weight": 0,
-    "robust_probability": 0, "flip_probability": 0,
-}  # fmt: skip
 # glibc would give large blocks back to the system after each operation, and fetch them again for the next
 QUIET = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1",
@@ -75,8 +71,7 @@ def make_start(folder, seed):
     """Untrained weights behind the root's vision tower."""
     start = folder / f"start{seed}"
     if not (start / "model.safetensors").is_file():
-        fields = [f"{name}={json.dumps(value)}" for name, value in START.items()]
-        command("scripts/build_root.py", "--output", start, "--tower", ROOT, "--seed", seed, "--photon", *fields)
+        command("scripts/build_root.py", "--output", start, "--tower", ROOT, "--seed", seed)
     return start
 
 
@@ -98,7 +93,8 @@ def train(folder, arm, seed, preset):
         command(
             "train_hf.py", RECIPE, "--model", make_start(folder, seed), "--output-dir", run, "--train-data", data,
             "--cache-dir", folder / "cache", "--cache-features", "--use-cpu", "--max-steps", preset.steps,
-            "--per-device-train-batch-size", preset.batch, "--seed", seed, *arm.options, *labels,
+            "--per-device-train-batch-size", preset.batch, "--seed", seed, "--save-total-limit", "4",
+            *arm.options, *labels,
             *(["--tasks", *preset.tasks] if preset.tasks else []),
             *(["--photon", *photon] if photon else []), *resume, log=log,
         )  # fmt: skip
