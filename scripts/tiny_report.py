@@ -116,13 +116,14 @@ def phases(state, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the questions, .jsonl")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions, as in the runs")
     parser.add_argument("--train", type=Path, required=True, help="training questions, for the blind baseline")
     parser.add_argument("--run", action="append", required=True, metavar="NAME=FOLDER,...", help="a condition's runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write device, date, rows and ratios here")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="kept.png of the first run, phases.png")
     parser.add_argument("--state", type=Path, metavar="FILE", help="trainer_state.json of the training for phases.png")
     args = parser.parse_args(argv)
-    rows, train = (load_benchmark("jsonl", source) for source in (args.data, args.train))
+    rows, train = load_benchmark("jsonl", args.data, limit=args.limit), load_benchmark("jsonl", args.train)
     blind = commonest_answers(rows, train)
     hits = [same_answer(answer, row["answer"]) for answer, row in zip(blind, rows, strict=True)]
     table = [{"run": "blind", "seeds": 1, "kept": None, **figures(rows, hits)}]

@@ -13,6 +13,7 @@ import ask
 from conftest import ROOT, SETTINGS, TOKENS, run_fresh
 from photon import asking, overlay, planes
 from photon.loading import load
+from photon.scheduling_photon import gate_offset, standard_saliency
 
 QUESTION = "Is there a lesion in the liver?"
 
@@ -72,15 +73,18 @@ def test_the_answer_is_that_of_generate(scan):
     assert processor.decode(tokens, skip_special_tokens=True).strip() == result["answer"]
     assert torch.equal(whole.past_key_values.cut.keep_mask, keep)
     assert f"(threshold {result['threshold']:.3f})" in asking.describe(result)
-    counts = {}
-    for where in (result["threshold"] - 1e-4, result["threshold"] + 1e-4):
-        model.model.language_model.scheduler.register_forward_hook(
-            lambda module, args, schedule, where=where: counts.__setitem__(
-                where, int((schedule.saliency > where).sum())
-            )
+    scheduler, counts = model.model.language_model.scheduler, []
+
+    def count(module, args, schedule):
+        scores = standard_saliency(schedule.saliency_logits, args[0].visual, model.config)
+        level = (
+            result["threshold"] + float(scheduler.running_level) + gate_offset(model.config) / model.config.gate_slope
         )
+        counts.extend(int((scores > level + more).sum()) for more in (-1e-4, 1e-4))
+
+    scheduler.register_forward_hook(count)
     model.generate(**inputs, max_new_tokens=1)
-    low, high = counts.values()
+    low, high = counts
     assert high <= result["tokens_kept"] <= low  # it is the threshold that this many lie above
 
 

@@ -371,7 +371,7 @@ def test_command_line(tmp_path, capsys):
     np.testing.assert_allclose(np.linalg.norm(image.affine[:3, :3], axis=0), facts["spacing_lps"], rtol=1e-5)
     with pytest.raises(SystemExit):
         command.main(["--one", "a.nii.gz", "--output", "b"])
-    assert "either --one" in capsys.readouterr().err
+    assert "give one of --one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["--output", "b", "--size", "huge"])
     assert "choose one of" in capsys.readouterr().err
