@@ -2,8 +2,9 @@
 
     python benchmarks/surrogate.py --model RUN/checkpoint-125 RUN/final --data test.jsonl --json surrogate.json
 
-A case is a question and the tokens that the model keeps for it. The truth: the rise of the answer's loss when one kept
-token more is deleted. An estimate: minus the gradient that training would give this token's keep probability.
+A case is a question and the tenth of the tokens that the model finds most salient for it. The truth: the rise of the
+answer's loss when one kept token more is deleted. An estimate: minus the gradient that training would give its
+keep probability.
 
 - `plain`: first order, -<x, g>, of scaling the token's hidden state;
 - `taylor`, `release`: the surrogate rules of those names, normalised and clipped as in training;
@@ -34,7 +35,7 @@ from photon.training.batches import Collator
 from photon.training.data import load_rows
 
 ESTIMATES = ("plain", "taylor", "release", "gate", "straight-through", "exact")
-RESAMPLES, MIN_TOKENS = 2000, 5
+RESAMPLES, MIN_TOKENS, KEPT = 2000, 5, 0.1
 
 
 class Given(nn.Module):
@@ -73,12 +74,12 @@ class Case:
         self.vision, self.batch = vision, batch
         self.own = model.model.language_model.scheduler
 
-    def losses(self, scheduler, count=1):
-        """Sums over the answer's tokens (count,), of as many copies of the row."""
+    def losses(self, scheduler, count=1, **options):
+        """Sums over the answer's tokens (count,), of as many copies of the row; options: of the model's forward."""
         given = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in self.batch.items()}
         vision = type(self.vision)(pooler_output=list(self.vision.pooler_output) * count)
         self.model.set_scheduler(scheduler)
-        outputs = self.model.model(**given, mm_encoder_outputs={"video": vision}, use_cache=False)
+        outputs = self.model.model(**given, **options, mm_encoder_outputs={"video": vision}, use_cache=False)
         self.model.set_scheduler(self.own)
         target = targets_of(self.labels.repeat(count, 1), outputs.keep_index)
         return answer_losses(self.model.lm_head(outputs.last_hidden_state), target)[0], outputs
@@ -140,7 +141,7 @@ def measured(source, rows, cases, draws):
     for row in rows:
         case = Case(model, collate([row]))
         with torch.no_grad():
-            _, outputs = case.losses(case.own)
+            _, outputs = case.losses(case.own, keep_ratio=KEPT)
         if int(outputs.keep_mask.sum()) < MIN_TOKENS:
             continue
         truth = rises(case, outputs.keep_mask)

@@ -89,7 +89,7 @@ def write_data(folder):
     folder.mkdir()
     names = []
     for number in range(3):
-        array = np.random.default_rng(number).integers(-1000, 1000, (17, 19, 23)).astype(np.int16)
+        array = np.random.default_rng(number).integers(-1000, 300, (17, 19, 23)).astype(np.int16)
         array[0] = -1000  # air, without which values are no HU
         organs = np.random.default_rng(9).integers(0, 3, array.shape).astype(np.uint8)
         for name, voxels in ((f"{number}", array), (f"{number}_organs", organs), (f"{number}_lesions", organs // 2)):
