@@ -26,7 +26,7 @@ def processor():
 
 @pytest.fixture
 def scan(tmp_path):
-    array = np.random.default_rng(0).integers(-1000, 1000, (12, 17, 23)).astype(np.int16)
+    array = np.random.default_rng(0).integers(-1000, 300, (12, 17, 23)).astype(np.int16)
     array[0] = -1000  # air, without which values are no HU
     image = sitk.GetImageFromArray(array)
     image.SetSpacing((9.0, 11.0, 13.0))

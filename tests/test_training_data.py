@@ -41,7 +41,7 @@ def say(text):
 
 
 def write_scan(path, seed, size=(23, 31, 37)):
-    array = np.random.default_rng(seed).integers(-1000, 1000, size[::-1]).astype(np.int16)
+    array = np.random.default_rng(seed).integers(-1000, 300, size[::-1]).astype(np.int16)
     array[0] = -1000  # air, without which values are no HU
     image = sitk.GetImageFromArray(array)
     image.SetSpacing((4.0, 5.0, 6.0))
@@ -487,7 +487,7 @@ def test_token_targets_are_the_shares_of_a_tokens_voxels(processor, tmp_path):
     organs[14:28, 0:28, 56:84] = 2  # depth 1, row 0, column 2: token 8, all of it
     organs[0:7, 42:56, 0:28] = 1  # half of the depth of the lower patches of token 3
     lesions[14:16, 0:28, 56:84] = 5  # 2 of 14 slices of token 8
-    scan = np.random.default_rng(0).integers(-1000, 1000, GRID).astype(np.int16)
+    scan = np.random.default_rng(0).integers(-1000, 300, GRID).astype(np.int16)
     scan[:20] = -1000  # air, without which values are no HU
     for name, array in (("scan", scan), ("organs", organs), ("lesions", lesions)):
         sitk.WriteImage(geometry.image(array), str(tmp_path / f"{name}.nii.gz"))
