@@ -63,12 +63,13 @@ def questions(follows):
         for number in range(6):
             begin = 50 * (number % 2) if follows else 0
             places = begin + random.choice(50, 20, replace=False)
-            yield record(f"p{scan}", organ=[1 + number % 2], scan=str(scan), places=places.tolist())
+            task = TASKS[number // 2]
+            yield record(f"p{scan}", task, organ=[1 + number % 2], scan=str(scan), places=places.tolist())
 
 
 def test_the_question_matters_where_places_follow_it():
     yes, no = (question_effect(list(questions(follows))) for follows in (True, False))
-    assert yes["pairs"] == no["pairs"] == 20 * 15
+    assert yes["pairs"] == no["pairs"] == 20 * 12
     assert yes["other_organ"] == 0 and yes["same_organ"] > 0.2 and yes["p"] < 0.001
     assert abs(no["difference"]) < 0.05 and no["p"] > 0.01
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from photon.evidence.arms import ARMS
 from photon.evidence.measuring import CONTROLS, measure
-from photon.evidence.report import arm_table, plot, result_of, write_tables
+from photon.evidence.report import arm_table, plot, result_of, signals, write_tables
 from photon.evidence.trainings import PRESETS, ROOT, make_data, seconds_of, test_rows, train
 from photon.run_folder import write_whole
+
+ROOT_ROWS = 1000  # questions of all tasks, for the model of this repository
 
 
 def parse(argv=None):
@@ -26,6 +28,7 @@ def parse(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], metavar="ARM", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="only these of each arm")
+    parser.add_argument("--finished", action="store_true", help="only what has been trained and measured")
     parser.add_argument(
         "--report", action="store_true", help="write benchmarks/results/evidence.json and docs/evidence.md"
     )
@@ -41,6 +44,7 @@ def jobs(args, preset):
         for seed in seeds
         for arm in chosen
         if seed < arm.seeds and (args.seeds is None or seed in args.seeds)
+        if not args.finished or (args.output / f"{arm.name}-{seed}" / "records.json").is_file()
     ]
 
 
@@ -60,6 +64,8 @@ def main(argv=None):
     write_whole(folder / "evidence.json", json.dumps(result, indent=1) + "\n")
     print(arm_table(result))
     if args.report:
+        rows = test_rows(folder, ROOT_ROWS)
+        result["root"] = signals(measure(ROOT, rows, folder / "cache", folder / "root" / "records.json", ("other",)))
         write_whole(ROOT / "benchmarks" / "results" / "evidence.json", json.dumps(result, indent=1) + "\n")
         plot(result, ROOT / "docs" / "evidence.png")
         surrogate = ROOT / "benchmarks" / "results" / "surrogate.json"

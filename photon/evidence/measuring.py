@@ -47,7 +47,7 @@ def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False):
     """
     if Path(output).is_file():
         return json.loads(Path(output).read_text(encoding="utf-8"))
-    model = load_model(source, torch.device("cpu"), max_new_tokens=LONGEST_ANSWER, cache_dir=str(cache_dir))
+    model = load_model(str(source), torch.device("cpu"), max_new_tokens=LONGEST_ANSWER, cache_dir=str(cache_dir))
     named = ("id", "patient", "task", "evidence")
     records = {row["id"]: {name: row[name] for name in named} | {"right": {}, "grounding": {}} for row in rows}
     own = Recorder(model.model.model.language_model.scheduler)

@@ -1,7 +1,8 @@
 """Whether the question decides what is kept: pairs of questions on one scan.
 
-Two questions about one organ should keep more alike tokens than two about different organs. The test draws which organ
-each question of a scan is about anew, many times: if the question made no difference, the pairs would differ as much.
+Two questions about one organ should keep more alike tokens than two about different organs. Only pairs of different
+tasks count, whose words differ either way: on one scan a task asks about an organ once. The test draws which organ each
+question of a scan is about anew, many times: if the question made no difference, the pairs would differ as much.
 """
 
 import itertools
@@ -32,6 +33,8 @@ def question_effect(records, seed=0):
     for number, group in enumerate(scans.values()):
         organs.append([tuple(sorted(record["evidence"])) for record in group])
         for i, j in itertools.combinations(range(len(group)), 2):
+            if group[i]["task"] == group[j]["task"]:
+                continue
             pairs.append((number, i, j, jaccard(group[i]["places"], group[j]["places"])))
     if not pairs:
         return {"pairs": 0, "same_organ": None, "other_organ": None, "difference": None, "p": None}

@@ -65,6 +65,12 @@ def evidence_found(records):
     }
 
 
+def signals(records):
+    """What one model keeps, whether the question decides it, and what grounding tells, as JSON takes it."""
+    row = {"evidence": evidence_found(records), "question": question_effect(records)}
+    return row | ({"grounding": reliability(records)} if records[0]["grounding"] else {})
+
+
 def result_of(found, preset):
     """All figures as JSON takes them. found: {name of the arm: [(records, seconds of training) of each seed]}."""
     rows = []
@@ -81,9 +87,7 @@ def result_of(found, preset):
             row["recall_by_seed"] = [evidence_found(records)["organ_recall"][0] for records, _ in seeds]
             first = seeds[0][0]
             row["controls"] = {name: accuracies(first, name)["mean"] for name in first[0]["right"] if name != "own"}
-            row["question"] = question_effect(first)
-            if first[0]["grounding"]:
-                row["grounding"] = reliability(first)
+            row |= {name: value for name, value in signals(first).items() if name != "evidence"}
         rows.append(row)
     by_name = {row["arm"]: row for row in rows}
     ratios = {
@@ -151,7 +155,8 @@ def signal_table(result):
     """Whether the question decides what is kept, and what grounding tells, seed 0, in Markdown."""
     lines = ["| arm | same organ | other organ | difference | p | right from wrong | own scan from another's |"]
     lines.append("|---" * 7 + "|")
-    for row in result["rows"]:
+    shipped = [{"says": "the model of this repository, nine tasks", **result["root"]}] if "root" in result else []
+    for row in [*result["rows"], *shipped]:
         if "question" in row and row["question"]["difference"] is not None:
             effect, found = row["question"], row.get("grounding", {})
             cells = [row["says"], *(f"{effect[name]:.3f}" for name in ("same_organ", "other_organ", "difference"))]
