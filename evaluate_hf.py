@@ -36,6 +36,7 @@ from photon.evaluation.run import Settings, answered
 from photon.evaluation.summary import summary, text_of
 from photon.evaluation.swapping import swapped
 from photon.loading import HUB_ID
+from photon.prefix_photon import REUSE
 from photon.read_options import add_read_argument, with_read_options
 from photon.run_folder import RunError, write_whole
 from photon.schedulers import SCHEDULERS
@@ -77,6 +78,9 @@ def parse(argv=None):
         metavar="L",
         help="cut after decoder layer L, -1: before the first (default: as the model was trained)",
     )
+    group.add_argument("--reuse", choices=REUSE, default="exact",
+                       help="what questions on one scan share: exact: what no answer can depend on; select: all of "
+                            "the decoder's work on the scan, an approximation (docs/efficiency.md)")  # fmt: skip
     group.add_argument("--token-budget", type=int, metavar="K", help="keep exactly the K most salient visual tokens")
     group.add_argument("--keep-ratio", type=float, metavar="R", help="keep this share of the visual tokens")
     group.add_argument(

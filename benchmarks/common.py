@@ -58,9 +58,9 @@ def interleaved(functions, device, repeats):
 
 def report(device, rows, ratios, file=None, **facts):
     """Print rows (name to number of each) as a table, then the ratios; write both with device, date and facts."""
-    columns = list(rows[0])
+    columns = list(rows[0]) if rows else []
     widths = [max(len(column), *(len(_text(row[column])) for row in rows)) for column in columns]
-    for line in (dict(zip(columns, columns, strict=True)), *rows):
+    for line in (dict(zip(columns, columns, strict=True)), *rows) if rows else ():
         cells = zip(columns, widths, strict=True)
         print(
             "  ".join(_text(line[c]).ljust(w) if i == 0 else _text(line[c]).rjust(w) for i, (c, w) in enumerate(cells))

@@ -118,12 +118,12 @@ class Answerer:
 class VolumeModel(Answerer):
     """Photon: a scan is encoded once, and so is what its questions share of the decoder (`encode_scan`).
 
-    Args: as `Answerer`; cache_dir: folder of preprocessed scans.
+    Args: as `Answerer`; cache_dir: folder of preprocessed scans; reuse: as `encode_scan` takes it.
     """
 
-    def __init__(self, *args, cache_dir=None):
+    def __init__(self, *args, cache_dir=None, reuse="exact"):
         super().__init__(*args)
-        self.cache_dir = cache_dir
+        self.cache_dir, self.reuse = cache_dir, reuse
         self.prefix, self.prefix_of = None, None  # the last one, and of which scans and text
 
     def read(self, scan):
@@ -160,7 +160,8 @@ class VolumeModel(Answerer):
             prompts = {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
             grids = torch.cat([grid for _, grid in scans] * len(rows))
             features = {"video": join_outputs([output for output, _ in scans] * len(rows))}
-            self.prefix = self.model.encode_scan(**prompts, video_grid_thw=grids, mm_encoder_outputs=features)
+            prompts |= {"video_grid_thw": grids, "mm_encoder_outputs": features}
+            self.prefix = self.model.encode_scan(**prompts, reuse=self.reuse)
             self.prefix_of = scans, unlike
         return {"scan": self.prefix.rows([unlike.index(front) for front in fronts]) if unlike[1:] else self.prefix}
 
@@ -217,7 +218,7 @@ def prompt(row, scans, part):
 
 def load_model(source, device, *, revision=None, trust_remote_code=False, dtype="auto", modality="auto",
                scheduling=None, scheduler="on", scheduler_layer=None, seed=0, max_new_tokens=64, cache_dir=None,
-               slices=16, window=(-160.0, 240.0), grounding=False):  # fmt: skip
+               slices=16, window=(-160.0, 240.0), grounding=False, reuse="exact"):  # fmt: skip
     """A `VolumeModel` of a Photon checkpoint, a `SliceModel` of any other.
 
     Args:
@@ -228,6 +229,7 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         cache_dir: folder of preprocessed scans for Photon.
         slices, window: how other models get a scan.
         grounding: as `Answerer` takes it; of Photon alone.
+        reuse: what Photon's questions on one scan share, as `encode_scan` takes it.
     Raises: `RunError` where the checkpoint is no model or lacks weights, or another model is given a scheduler.
     """
     base = adapter_base(source, revision)
@@ -243,6 +245,8 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         raise RunError(f"{', '.join(given)}: only Photon has a scheduler, and --model is a {kind}; leave it out.")
     if grounding and not photon:
         raise RunError(f"--grounding compares sets of tokens, which a {kind} does not choose; leave it out.")
+    if reuse != "exact" and not photon:
+        raise RunError(f"--reuse {reuse}: only Photon shares work on a scan, and --model is a {kind}; leave it out.")
     options = {"revision": revision, "trust_remote_code": photon or trust_remote_code}
     if photon:
         fields = {"modality": modality} if modality != "auto" else {}
@@ -262,5 +266,6 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
         if scheduler not in ("on", "off"):  # "on" is the model's own, "off" an argument of `generate`
             use_scheduler(model, scheduler, seed=seed)
             load_method(model, source, revision)
-        return VolumeModel(processor, model, max_new_tokens, scheduling, grounding, cache_dir=cache_dir)
+        options = {"cache_dir": cache_dir, "reuse": reuse}
+        return VolumeModel(processor, model, max_new_tokens, scheduling, grounding, **options)
     return SliceModel(processor, model, max_new_tokens, slices=slices, window=window, modality=modality)

@@ -54,6 +54,7 @@ class Settings:
     slices: int
     window: list
     grounding: bool = False
+    reuse: str = "exact"
 
     @property
     def scheduling(self):
@@ -117,6 +118,7 @@ def identity(settings, rows, device):
         **({"seed": settings.seed} if getattr(SCHEDULERS.get(settings.scheduler), "draws", False) else {}),
         **({} if settings.scheduler_layer is None else {"scheduler_layer": settings.scheduler_layer}),
         **({"grounding": True} if settings.grounding else {}),
+        **({} if settings.reuse == "exact" else {"reuse": settings.reuse}),
         "slices": settings.slices,
         "window": list(settings.window),
         "cached_scans": settings.cache_dir is not None,
@@ -161,7 +163,7 @@ def _digest(folder):
 def _answer_groups(settings, device, groups, done, rank):
     """Answers a rank's groups, except questions in `done`. Returns {id: record}, each already in the rank's file."""
     names = ("revision", "trust_remote_code", "dtype", "modality", "scheduling", "scheduler", "scheduler_layer",
-             "seed", "max_new_tokens", "cache_dir", "slices", "window", "grounding")  # fmt: skip
+             "seed", "max_new_tokens", "cache_dir", "slices", "window", "grounding", "reuse")  # fmt: skip
     model = load_model(settings.model, device, **{name: getattr(settings, name) for name in names})
     by_letter = settings.choices == "logprob"
     scans, fresh = EncodedScans(model, list(groups), settings.read_ahead), {}

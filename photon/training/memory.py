@@ -1,12 +1,14 @@
 """What a training step need not hold, and what an epoch need not compute again.
 
-- `save_memory`: the vision tower makes its activations again on the way back, and takes some patches at a time;
+- `save_memory`: the vision tower and its merger make their activations again on the way back, and the tower takes
+  some patches at a time;
 - `FeatureCache`: the output of a frozen vision tower on disk (`--cache-features`), by scan and weights.
 """
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed._composable import checkpoint
 
 from photon.prefix_photon import digest_of, digest_of_weights
 from photon.processing_photon import source_and_options
@@ -25,6 +27,8 @@ def save_memory(model, args):
     photon = plain_model(model)
     if args.vision_checkpointing and not args.gradient_checkpointing:
         photon.visual.activation_checkpointing_enable({"use_reentrant": False})
+    if args.vision_checkpointing:  # which transformers leaves out; four tensors of the size of all patches
+        checkpoint(photon.visual.merger)
     if not args.fsdp and args.deepspeed is None:
         photon.patches_at_once = args.vision_patches or None
 

@@ -1,0 +1,76 @@
+"""How time grows with the scan's volume and with the questions on it."""
+
+from .answers import FRONT, MAIN, REUSED
+from .models import text_of
+from .presets import prompt_of
+from .timing import answer
+
+LINES = {"dense": ("quarter", None), "L/4-1": ("quarter", MAIN), "front": ("front", FRONT)}
+COUNTS = (1, 2, 4, 8, 16, 32)
+REPEATS = 3  # of what is quick
+
+
+def by_volume(bench):
+    """Seconds to the first token by the scan's visual tokens, of whole prompts and of further questions, and their
+    operations. Beyond `measured` tokens of the preset operations are counted, and nothing is timed."""
+    rows, slab = [], len(bench.patches) // bench.prompt.grid[0]
+    for tokens in bench.settings["growth"]:
+        slabs = max(1, tokens * bench.prompt.grid[0] // bench.prompt.visual)
+        prompt = prompt_of(bench.settings, bench.config, (slabs, *bench.prompt.grid[1:]))
+        timing, row = prompt.visual <= bench.settings["measured"], {"tokens": prompt.visual}
+        inputs = bench.inputs(1, prompt, bench.patches[:slab].repeat(slabs, 1)) if timing else None
+        for name, (which, share) in LINES.items():
+            kept, work = None if share is None else prompt.kept(share), bench.work[which]
+            seconds = _seconds(getattr(bench.models, which), bench, inputs, kept) if timing else ("", "")
+            row[f"{name} GFLOP"], row[f"{name} s"] = work.whole(prompt, kept) / 1e9, seconds[0]
+            if kept is not None:
+                row[f"{name} further GFLOP"], row[f"{name} further s"] = work.further(prompt, kept) / 1e9, seconds[1]
+        rows.append(row)
+    return rows
+
+
+def _seconds(model, bench, inputs, kept):
+    """Of a question on its own, and of a further one."""
+    options = {"use_scheduler": False} if kept is None else {"token_budget": kept}
+    alone = answer(model, bench.clock, 1, **inputs, **options)[0]
+    if kept is None:
+        return alone, ""
+    options["scan"] = model.encode_scan(**inputs)
+    return alone, min(answer(model, bench.clock, 1, **text_of(inputs), **options)[0] for _ in range(REPEATS))
+
+
+def by_questions(answers):
+    """Seconds a question by the questions on a scan, asked one after the other: from the measured encoding, further
+    question and question on its own."""
+    rows = []
+    for count in COUNTS:
+        row = {"questions": count}
+        for name, (*_, alone) in REUSED.items():
+            encoding, further = (answers.cases[f"{part} {name}"].seconds for part in ("encode", "further"))
+            row[f"{name} s"], row[f"{name} apart s"] = encoding / count + further, answers.cases[alone].seconds
+        rows.append(row)
+    return rows
+
+
+def plot(volumes, questions, file):
+    """Both, as one picture. volumes, questions: rows of the two."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_tokens, by_count = figure.subplots(1, 2)
+    for name, style in (("dense", "k-"), ("L/4-1", "C0-"), ("front", "C1-"), ("L/4-1 further", "C0--"),
+                        ("front further", "C1--")):  # fmt: skip
+        points = [(row["tokens"], row[f"{name} s"]) for row in volumes if row[f"{name} s"]]
+        by_tokens.loglog(*zip(*points, strict=True), style, marker=".", label=name)
+    by_tokens.set(xlabel="visual tokens of the scan", ylabel="seconds to the first token")
+    counts = [row["questions"] for row in questions]
+    for name, colour in (("exact", "C0"), ("front", "C1"), ("select", "C2")):
+        by_count.loglog(counts, [row[f"{name} s"] for row in questions], f"{colour}-", marker=".", label=name)
+        if name != "select":
+            alone = [row[f"{name} apart s"] for row in questions]
+            by_count.loglog(counts, alone, f"{colour}:", label=f"{name}, each on its own")
+    by_count.set(xlabel="questions on one scan", ylabel="seconds a question")
+    for axes in (by_tokens, by_count):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
