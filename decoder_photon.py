@@ -26,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_photon import PhotonConfig
-from .objectives_photon import CutLearning, other_tokens
+from .objectives_photon import CutLearning, other_tokens, packed_rows, padded_rows
 from .prefix_photon import Cut, PhotonCache, layout_of
 from .prompt_photon import real_places
 from .scheduling_photon import (
@@ -91,7 +91,7 @@ class CutDecoder(CutLearning):
                 **options,
             )
 
-        schedule = keep_index = held = None
+        schedule, keep_index, held, packed = None, None, None, False
         mask = self._mask(hidden_states, attention_mask, past_key_values, 0, text_positions, cut=prefix is None)
         for i, layer in enumerate(self.layers):
             if i == cut_layer and getattr(past_key_values, "cut", None) is not None and keep_index is None:
@@ -122,10 +122,14 @@ class CutDecoder(CutLearning):
                     prefix.fill(past_key_values, above, held if prefix.reuse == "select" else None)
                 hidden_states, gate = self._gather(hidden_states, scan, schedule, fresh, gate)  # (B, S', D)
                 position_ids = torch.stack([gather_places(axis, fresh) for axis in position_ids])
-                embeddings, text_positions = self.rotary_emb(hidden_states, position_ids), None
                 if past_key_values is not None:
                     self._cut_cache(past_key_values, keep_index, length, schedule)
-                if above:
+                packed = past_key_values is None and self._packs(keep_index)
+                if packed:
+                    *parts, more = packed_rows(hidden_states, position_ids, gate, keep_index)
+                    (hidden_states, position_ids, gate), options = parts, options | more
+                embeddings, text_positions, mask = self.rotary_emb(hidden_states, position_ids), None, None
+                if above and not packed:
                     mask = self._mask(hidden_states, keep_index >= 0, past_key_values, cut_layer, cut=False)
             elif prefix is not None:  # nothing is cut
                 if prefix.reuse == "select":
@@ -140,6 +144,8 @@ class CutDecoder(CutLearning):
                 hidden_states = run(layer, hidden_states)
         if held is not None:
             hidden_states, keep_index = prefix.whole(hidden_states, held, fresh)
+        if packed:
+            hidden_states = padded_rows(hidden_states, keep_index)
         return hidden_states, schedule, keep_index
 
     def encode_prefix(self, hidden_states, real, position_ids, visual, reuse):

@@ -9,7 +9,8 @@
   rule; `soft_weight` weights hidden states in the soft phase, in which nothing is deleted; `gate_mask` and
   `gated_flash_attention` put gates on attention logits, and a key whose gate is 0 is as good as deleted. `CutLearning`
   is what a decoder does with them.
-- `encode_in_parts` holds the vision tower's activations of a part of the scans at a time.
+- `encode_in_parts` holds the vision tower's activations of a part of the scans at a time; `packed_rows` drops the
+  padding of rows that keep unlike numbers of tokens.
 B rows, S places of the prompt, S' places after the cut, V visual tokens, D channels.
 """
 
@@ -359,6 +360,26 @@ def soft_weight(hidden, schedule, visual_index, visual):
     return hidden * weights[..., None].to(hidden.dtype)
 
 
+def packed_rows(hidden_states, position_ids, gate, keep_index):
+    """Rows of unlike length one behind the other, without the padding of keep_index (B, S').
+
+    hidden_states (B, S', D) -> (1, N, D), position_ids (3, B, S') -> (3, 1, N), gate (B, S') -> (1, N) or `None`, N
+    places in all; and by name what tells flash attention where a row begins and ends.
+    """
+    real = keep_index >= 0
+    lengths = real.sum(-1)
+    starts, longest = F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
+    options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    gate = None if gate is None else gate[real][None]
+    return hidden_states[real][None], position_ids[:, real][:, None], gate, options
+
+
+def padded_rows(hidden_states, keep_index):
+    """The other way round: (1, N, D) -> (B, S', D), with zeros in place of padding."""
+    padded = hidden_states.new_zeros(*keep_index.shape, hidden_states.shape[-1])
+    return padded.masked_scatter((keep_index >= 0)[..., None], hidden_states)
+
+
 class CutLearning:
     """What `CutDecoder` does at its cut so that training reaches the keep probabilities."""
 
@@ -399,6 +420,10 @@ class CutLearning:
                 f'Train with attn_implementation="sdpa", "eager" or "{GATED_FLASH}", or with another surrogate.'
             )
         return gate_mask(mask, gate.to(hidden_states.dtype)), options
+
+    def _packs(self, keep_index):
+        """Whether rows go on without padding: in training with flash attention, which tells rows apart by length."""
+        return self.training and "flash" in self.config._attn_implementation and bool((keep_index < 0).any())
 
     def _touch_scheduler(self):
         """0, with a gradient of 0 for the scheduler, since a rank without a scan must take part in the reduction."""

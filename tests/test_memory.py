@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from test_equivalence import flash_like
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import photon.objectives_photon as objectives
 from conftest import collate, text_row, three_rows, tiny_model
@@ -81,6 +83,35 @@ def test_vision_in_parts(limit, checkpointed):
     with torch.no_grad():
         model.eval()(**inputs)
     assert len(sizes) == 1  # all at once where nothing is held for the way back
+
+
+@pytest.mark.parametrize("layer", [-1, 1])
+@pytest.mark.parametrize("surrogate", ["taylor", "exact"])
+def test_rows_of_unlike_length_are_packed(layer, surrogate, monkeypatch):
+    """With flash attention (a stand-in) the layers above the cut see no padding; losses and gradients stay."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_like)
+    fields = {"scheduler_layer": layer, "surrogate": surrogate}
+    if surrogate == "exact":
+        fields |= {"saliency_scale": "standard", "keep_budget": 0.4, "saliency_gradient": True}
+    inputs, results, shapes = collate(three_rows(answers=True)), [], []
+    for attention in ("sdpa", "gated_flash_attention_2"):
+        model = tiny_model(**fields).train()
+        model.config._attn_implementation = attention  # set_attn_implementation would look for a CUDA kernel
+        model.set_scheduler_phase("hard")
+        for decoder_layer in model.model.language_model.layers:
+            decoder_layer.mlp.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+        torch.manual_seed(2)
+        results.append(gradients(model, inputs))
+    (padded, expected), (packed, found) = results
+    assert torch.equal(padded.keep_index, packed.keep_index)
+    kept = (padded.keep_index >= 0).sum(-1)
+    assert len(set(kept.tolist())) == 3  # or the test shows less
+    layers, width = len(shapes) // 2, model.config.text_config.hidden_size
+    below, above = shapes[layers : layers + layer + 1], shapes[layers + layer + 1 :]
+    assert below == shapes[: layer + 1] and above == [(1, int(kept.sum()), width)] * (layers - layer - 1)
+    torch.testing.assert_close(packed.loss, padded.loss, atol=1e-5, rtol=0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
 
 
 def test_attention_saliency_holds_one_head_at_a_time():

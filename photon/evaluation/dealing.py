@@ -43,8 +43,10 @@ def dealt(groups, ranks):
 
 
 def batches(rows, size, by_letter):
-    """A group's questions in batches. They depend only on the group and the size: a resumed run, or one with other
-    ranks, computes the same batches and so the same last digits."""
+    """A group's questions in batches, by the length of their text, so that little of a batch is padding. They depend
+    only on the group and the size: a resumed run, or one with other ranks, computes the same batches and so the same
+    last digits."""
+    rows = sorted(rows, key=lambda row: len(json.dumps(row["messages"][:-1])))
     letters = [row for row in rows if by_letter and row["kind"] == "choice"]
     written = [row for row in rows if not (by_letter and row["kind"] == "choice")]
     return [part[i : i + size] for part in (letters, written) for i in range(0, len(part), size)]
