@@ -2,7 +2,7 @@
 
     python benchmarks/efficiency.py --json benchmarks/results/efficiency_cpu.json --plot docs/efficiency.png
     python benchmarks/efficiency.py --preset 3b --json benchmarks/results/efficiency_3b.json     # on a GPU, bfloat16
-    python benchmarks/efficiency.py --count                                      # the proportions; measures nothing
+    python benchmarks/efficiency.py --preset 3b --count                       # operations alone; measures nothing
 
 Weights are random; `token_budget` sets how many tokens stay. `3b` and `7b` are the sizes of Qwen2.5-VL. `cpu` is `3b`
 with half the tokens of scan and text, a fifth of the width, a third of the layers, and a vision tower of about its
@@ -29,37 +29,19 @@ from pathlib import Path
 import torch
 from cost import growth
 from cost.answers import MAIN, Answers
-from cost.counting import Work
+from cost.bounds import counted
 from cost.models import Bench
-from cost.presets import PRESETS, prompt_of
+from cost.presets import PRESETS
 from cost.steps import training
 from cost.timing import CLOCKS
-from training import allocated_bytes, configs
+from training import allocated_bytes
 
 from common import arguments, report
-from photon.processing_photon import PhotonVolumeProcessor
 
 TOKENS, QUESTIONS = 9, 16
 PARTS = ("answers", "growth", "training")
 PAPER = {"paper_training_speedup": 5.7, "paper_training_memory": 0.26, "paper_answering_speedup": 1.8,
          "paper_answering_memory": 0.35}  # fmt: skip
-
-
-def proportions(settings):
-    """Shares of vision, first quarter and rest of a prompt at 39 %, and bounds, in operations. Builds no model."""
-    config, _ = configs(settings["config"])
-    prompt = prompt_of(settings, config, PhotonVolumeProcessor(grid=settings["volume"]).grid_thw)
-    quarter, front = Work(config, config.scheduler_layer), Work(config)
-    kept, tenth = prompt.kept(MAIN), prompt.kept(0.1)
-    first = (quarter.layer(prompt.length) * quarter.below).total
-    whole = quarter.whole(prompt, kept)
-    vision = quarter.encoder(prompt.grid).total
-    return {
-        "vision": vision / whole, "first quarter": first / whole, "rest": 1 - (vision + first) / whole,
-        "TFLOP": whole / 1e12,
-        "further_exact_bound": whole / quarter.further(prompt, kept),
-        "further_front_bound": front.whole(prompt, tenth) / front.further(prompt, tenth),
-    }  # fmt: skip
 
 
 def main():
@@ -71,11 +53,11 @@ def main():
         clock={"choices": list(CLOCKS), "default": "wall", "help": "processor: on a CPU that others use too"},
         parts={"nargs": "+", "choices": PARTS, "default": PARTS, "help": "measure these only"},
         plot={"type": Path, "metavar": "FILE", "help": "draw the growth with volume and with questions"},
-        count={"action": "store_true", "help": "print the proportions of all presets; measure nothing"},
+        count={"action": "store_true", "help": "count the preset's operations; measure nothing"},
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.count:
-        return report(device, [{"preset": name} | proportions(settings) for name, settings in PRESETS.items()], {})
+        return report(device, *counted(PRESETS[options.preset], QUESTIONS), options.json, preset=options.preset)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     start, parts = time.perf_counter(), options.parts
     bench = Bench(PRESETS[options.preset], device, dtype, options.attention, clock=options.clock)

@@ -20,6 +20,7 @@ ORDER = {  # file: title
     "publish.md": "Push to the Hub",
     "method.md": "What the scheduler does",
     "peers.md": "Other methods",
+    "efficiency.md": "Speed and memory",
     "scans.md": "Scans and faults",
     "facts.md": "Card facts",
     "results.md": "Published figures",

@@ -98,12 +98,15 @@ def test_holders_find_what_the_profiler_finds(bench):
 
 
 def test_the_presets_keep_the_proportions():
-    """Vision, first quarter, rest; and the size that the method's arithmetic gives at 3B."""
-    efficiency, presets = module("efficiency"), module("cost.presets").PRESETS
-    small, full = (efficiency.proportions(presets[name]) for name in ("cpu", "3b"))
+    """Vision, first quarter, rest; and the sizes that the method's arithmetic gives at 3B."""
+    bounds, presets = module("cost.bounds"), module("cost.presets").PRESETS
+    small, full = (bounds.proportions(presets[name]) for name in ("cpu", "3b"))
     for part in ("vision", "first quarter", "rest"):
         assert small[part] == pytest.approx(full[part], abs=0.03)
-    assert full["TFLOP"] == pytest.approx(8.5, rel=0.05) and 4 < full["further_exact_bound"] < 5
+    rows, ratios = bounds.counted(presets["3b"], 16)
+    work = {row["case"]: row["TFLOP"] for row in rows}
+    assert work["L/4-1 39%"] == pytest.approx(8.5, rel=0.05) and work["video"] == pytest.approx(82, rel=0.05)
+    assert 4 < ratios["further_exact_bound"] < 5 and ratios["training_grouped_bound"] > 2
 
 
 @pytest.mark.parametrize("preset", ["3b", "7b"])
@@ -146,3 +149,73 @@ def test_table_and_ratios(tmp_path, monkeypatch, capsys):
     assert set(result["holders"]) == {name for name in names if not name.endswith(("apart", "grouped"))}
     assert (tmp_path / "growth.png").stat().st_size > 10_000
     assert "further_exact_bound" in capsys.readouterr().out
+
+
+MIDDLE = {
+    **TINY, "volume": (56, 112, 112), "rest": 12, "rank": 8,
+    "config": SETTINGS["config"] | {
+        "text_config": SETTINGS["config"]["text_config"] | {
+            "hidden_size": 96, "num_hidden_layers": 8, "intermediate_size": 516, "vocab_size": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": SETTINGS["config"]["vision_config"] | {
+            "hidden_size": 72, "intermediate_size": 96, "out_hidden_size": 96
+        },
+    },
+}  # fmt: skip
+
+
+def test_planned_memory_is_what_holders_find():
+    steps, planning = module("cost.steps"), module("cost.planning")
+    bench = module("cost.models").Bench(MIDDLE, CPU, torch.float32, "sdpa")
+    plan, models = planning.Plan(MIDDLE, 4), steps.trainable(bench)
+    assert plan.parameters()[0] == sum(p.numel() for p in bench.models.quarter.parameters())
+    for rank in (0, 8):
+        if rank:
+            models = [steps.with_adapters(model, rank) for model in models]
+            trained = sum(p.numel() for p in models[1].parameters() if p.requires_grad)
+            assert plan.parameters(rank)[1] == trained
+        made = steps.steps_of(bench, models, 0.39, 4, rank)
+        for name in steps.MEASURED:
+            planned = plan.activations(name, bench.prompt.kept(0.39))
+            assert planned == pytest.approx(made[name].holders().peak, rel=0.15), name
+
+
+def test_a_plan_is_checked_against_a_measurement(tmp_path, monkeypatch, capsys):
+    """A measurement that is made of the plan's own figures is predicted without an error."""
+    plan_file, planning, file = module("plan"), module("cost.planning"), tmp_path / "made.json"
+    monkeypatch.setitem(plan_file.PRESETS, "tiny", TINY)
+    plan, rates = planning.Plan(TINY, 4), planning.Rates(vision=3e9, decoder=5e9, step=1.2, fixed=0.01)
+    kept, whole = plan.of("hard")[1].kept(0.39), plan.of("hard")[1].visual
+    encoding, further = plan.further_seconds(rates, "hard", kept)
+    _, prompt, work = plan.of("dense")
+    times = {
+        "prefill 100%": (1, whole, rates.seconds(work.prefill(prompt), 0.0), work.prefill(prompt)),
+        "dense": (1, whole, plan.answer_seconds(rates, "dense"), work.whole(prompt)),
+        "L/4-1 39%": (1, kept, plan.answer_seconds(rates, "hard", kept), 1.0),
+        "encode exact": (1, whole, encoding, 1.0),
+        "sixteen exact": (16, kept, encoding + 16 * (further - rates.fixed), 1.0),
+    }
+    rows = [
+        {"case": name, "batch": batch, "kept": left, "first token s": seconds, "GFLOP": flop / 1e9,
+         "tokens/s": 1 / rates.fixed}
+        for name, (batch, left, seconds, flop) in times.items()
+    ]  # fmt: skip
+    training = [
+        {"step": f"full {name}", "questions": 1, "s": plan.step_seconds(rates, name, kept),
+         "activations MiB": plan.activations(name, kept) / 2**20}
+        for name in ("video", "dense", "hard")
+    ]  # fmt: skip
+    result = {"device": "a", "date": "b", "dtype": "float32", "rows": rows, "training": training}
+    file.write_text(json.dumps(result), encoding="utf-8")
+    options = ["plan.py", "--preset", "tiny", "--measured", str(file), "--json", str(tmp_path / "plan.json")]
+    monkeypatch.setattr(sys, "argv", options)
+    plan_file.main()
+    checked = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert len(checked["rows"]) == 3 + 2 + 3
+    assert checked["ratios"]["time_worst"] < 1e-6 and checked["ratios"]["memory_worst"] < 1e-6
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--preset", "tiny", "--batch", "4", "--scans", "1", "--gpus", "2"])
+    capsys.readouterr()
+    plan_file.main()
+    printed = capsys.readouterr().out
+    assert "questions/s" in printed and "further" in printed

@@ -2,6 +2,7 @@
 
 - `presets.py`: models, scans and prompts of each size;
 - `counting.py`: operations of answers, encodings, further questions and training steps;
+- `bounds.py`: what these say of a preset;
 - `models.py`: one set of weights as stock Qwen2.5-VL and as Photon with either cut, and their inputs;
 - `timing.py`: cases that take turns on the clock;
 - `answers.py`, `steps.py`: what is timed of answering and of training;

@@ -11,6 +11,7 @@ through the decoder, which the short passes feel. A step's operations run at the
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from training import configs, frame_patches, volume_patches
 
@@ -46,7 +47,7 @@ class Plan:
     def __init__(self, settings, size):
         self.settings, self.size = settings, size
         self.config, self.stock = configs(settings["config"])
-        volume = torch.zeros(settings["volume"]).numpy()
+        volume = np.zeros(settings["volume"], dtype=np.float32)
         self.grid = tuple(volume_patches(volume, self.config)[1])
         self.video_grid = tuple(frame_patches(volume, self.stock)[1])
 
