@@ -1,5 +1,7 @@
 """What saves memory in training changes neither losses nor gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_equivalence import flash_like
@@ -8,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import photon.objectives_photon as objectives
 from conftest import collate, text_row, three_rows, tiny_model
 from photon.objectives_photon import Objective
+from photon.training.memory import save_memory
 
 
 def gradients(model, inputs, **options):
@@ -70,9 +73,8 @@ def test_vision_in_parts(limit, checkpointed):
     expected = gradients(model, inputs)
     sizes = []
     model.model.visual.patch_embed.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    if checkpointed:
-        model.model.visual.activation_checkpointing_enable({"use_reentrant": False})
-    model.model.patches_at_once = limit
+    options = {"vision_checkpointing": checkpointed, "gradient_checkpointing": False, "fsdp": None, "deepspeed": None}
+    save_memory(model, SimpleNamespace(**options, vision_patches=limit))
     found = gradients(model, inputs)
     torch.testing.assert_close(found[0].loss, expected[0].loss, atol=1e-6, rtol=1e-6)
     assert_same_gradients(expected[1], found[1])

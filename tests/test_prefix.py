@@ -400,6 +400,8 @@ def test_evaluation_shares_what_questions_share(pipe, scans, encodings):
     assert model.prefix is made and not encodings
     rows[0]["messages"][0]["content"].reverse()
     assert "scan" not in model.inputs([prompt_of(rows[0])], encoded)
+    select = VolumeModel(pipe.processor, pipe.model, 4, reuse="select")
+    assert select.inputs([prompt_of(rows[3])], encoded)["scan"].reuse == "select"
     assert model.answer(rows[:1], encoded)[0]["kept"] > 0
 
 

@@ -28,7 +28,7 @@ def save_memory(model, args):
     if args.vision_checkpointing and not args.gradient_checkpointing:
         photon.visual.activation_checkpointing_enable({"use_reentrant": False})
     if args.vision_checkpointing:  # which transformers leaves out; four tensors of the size of all patches
-        checkpoint(photon.visual.merger)
+        checkpoint(photon.visual.merger, preserve_rng_state=False)
     if not args.fsdp and args.deepspeed is None:
         photon.patches_at_once = args.vision_patches or None
 
