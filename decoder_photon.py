@@ -82,14 +82,9 @@ class CutDecoder(CutLearning):
 
         def run(layer, hidden_states, **score):
             return layer(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=embeddings,
-                position_ids=text_positions,
-                past_key_values=past_key_values,
-                **score,
-                **options,
-            )
+                hidden_states, attention_mask=mask, position_embeddings=embeddings, position_ids=text_positions,
+                past_key_values=past_key_values, **score, **options,
+            )  # fmt: skip
 
         schedule, keep_index, held, packed = None, None, None, False
         mask = self._mask(hidden_states, attention_mask, past_key_values, 0, text_positions, cut=prefix is None)
@@ -144,9 +139,7 @@ class CutDecoder(CutLearning):
                 hidden_states = run(layer, hidden_states)
         if held is not None:
             hidden_states, keep_index = prefix.whole(hidden_states, held, fresh)
-        if packed:
-            hidden_states = padded_rows(hidden_states, keep_index)
-        return hidden_states, schedule, keep_index
+        return padded_rows(hidden_states, keep_index) if packed else hidden_states, schedule, keep_index
 
     def encode_prefix(self, hidden_states, real, position_ids, visual, reuse):
         """The tensors of a `ScanPrefix` that the decoder computes.
