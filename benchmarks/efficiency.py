@@ -4,9 +4,10 @@
     python benchmarks/efficiency.py --preset 3b --json benchmarks/results/efficiency_3b.json     # on a GPU, bfloat16
     python benchmarks/efficiency.py --preset 3b --count                       # operations alone; measures nothing
 
-Weights are random; `token_budget` sets how many tokens stay. `3b` and `7b` are the sizes of Qwen2.5-VL. `cpu` is `3b`
-with half the tokens of scan and text, a fifth of the width, a third of the layers, and a vision tower of about its
-share of the work: vision, first quarter of the decoder and the rest stand to each other about as in `3b`.
+Weights are random; `token_budget` sets how many tokens stay, and the scheduler is the release's. `3b` and `7b` are the
+sizes of Qwen2.5-VL. `cpu` is `3b` with half the tokens of scan and text, a fifth of the width, a third of the layers,
+and a vision tower of about its share of the work: vision, first quarter of the decoder and the rest stand to each
+other about as in `3b`.
 
 - video: stock Qwen2.5-VL, whose patches are 2 frames deep, on every slice (7,000 tokens in 3b);
 - dense: Photon without a cut; L/4-1 and front: with the cut behind the first quarter, or before layer 0, at the share

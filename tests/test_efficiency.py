@@ -12,9 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import ROOT
 
 CPU = torch.device("cpu")
+SCHEDULER = {
+    "saliency": "logits", "saliency_scale": "minmax", "saliency_gradient": False, "surrogate": "release",
+    "keep_budget": None,
+}  # fmt: skip
 TINY = {
-    "config": SETTINGS["config"], "volume": SETTINGS["volume"], "lead": 6, "rest": 9, "question": 3, "learned": 3,
-    "rank": 2, "repeats": 1, "few": 1, "growth": (8, 16, 32), "measured": 16, "patches": 32,
+    "config": SETTINGS["config"] | SCHEDULER, "volume": SETTINGS["volume"], "lead": 6, "rest": 9, "question": 3,
+    "learned": 3, "rank": 2, "repeats": 1, "few": 1, "growth": (8, 16, 32), "measured": 16, "patches": 32,
 }  # fmt: skip
 EXACTLY = 0.005  # rotary phases are products of matrices too, and are not counted
 
@@ -153,7 +157,7 @@ def test_table_and_ratios(tmp_path, monkeypatch, capsys):
 
 MIDDLE = {
     **TINY, "volume": (56, 112, 112), "rest": 12, "rank": 8,
-    "config": SETTINGS["config"] | {
+    "config": TINY["config"] | {
         "text_config": SETTINGS["config"]["text_config"] | {
             "hidden_size": 96, "num_hidden_layers": 8, "intermediate_size": 516, "vocab_size": 1024,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},

@@ -2,7 +2,7 @@
 
 A prompt has `lead` tokens in front of its scan, `visual` tokens, and `rest` tokens behind it, the first of which
 closes the scan. The layers up to `cut` (`scheduler_layer`) see all of them, those above it `kept` visual tokens. All
-that runs is counted, scoring and deciding too, except rotary phases, norms and other work on single numbers.
+that runs is counted, scoring by logits and deciding too, except rotary phases, norms and work on single numbers.
 
 A causal layer needs half of its square, and kernels differ in how much of the rest they leave out. `causal` says which
 share is counted: 0.5 is what must be done, 1 what torch's `FlopCounterMode` counts.
