@@ -101,7 +101,7 @@ class PhotonModel(PrefixModel, PromptPositions, PromptFeatures, PhotonPreTrained
         unknown = sorted(set(scheduler.needs) - NEEDS)
         if unknown:
             raise ValueError(f"the scheduler needs {', '.join(unknown)}; expected some of {', '.join(sorted(NEEDS))}.")
-        previous, self.language_model.scheduler = self.language_model.scheduler, scheduler
+        previous, self.language_model.scheduler = self.language_model.scheduler, scheduler.train(self.training)
         return previous
 
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, volume_index=None, **kwargs):

@@ -109,11 +109,14 @@ def localisers(headers: list) -> set[Path]:
     than those of the slices whose series UID they share."""
     found, series = set(), defaultdict(list)
     for file, dataset in headers:
-        orientation = np.ravel(dataset.get("ImageOrientationPatient") or ())
+        try:
+            orientation = np.ravel(dataset.get("ImageOrientationPatient") or ()).astype(float)
+        except ValueError:  # damaged; the stack refuses it by name
+            continue
         if any(word in str(dataset.get("ImageType")).upper() for word in LOCALISER_TYPES):
             found.add(file)
         elif len(orientation) == 6:
-            normal = np.cross(*orientation.astype(float).reshape(2, 3))
+            normal = np.cross(*orientation.reshape(2, 3))
             grid = dataset.Rows, dataset.Columns, str(dataset.get("PixelSpacing"))
             series[dataset.get("SeriesInstanceUID")].append((file, normal, grid))
     for slices in series.values():

@@ -43,6 +43,7 @@ class BudgetScheduler(nn.Module):
             raise ValueError(f"{self.name} has no rule of its own for how many tokens stay; leave native out.")
         self.reference, self.seed, self.native = reference, seed, native
         self.needs = type(self).needs | reference.needs
+        self.train(reference.training)
 
     def forward(self, inputs):
         """`SchedulerInputs` to a `Schedule`, whose keep probabilities and threshold are the reference's.
@@ -62,6 +63,12 @@ class BudgetScheduler(nn.Module):
         if self.training:
             schedule = replace(schedule, keep_prob=keep_mask + nothing)
         return replace(schedule, keep_mask=keep_mask, hidden_states=hidden_states)
+
+    def train(self, mode=True):
+        """The reference only counts here: it neither draws gates nor follows the budget."""
+        super().train(mode)
+        self.reference.eval()
+        return self
 
     def own_weights(self):
         """{name: weight} of the method, without the reference's."""
