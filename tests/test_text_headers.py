@@ -87,6 +87,17 @@ def test_zeros_and_cuts_in_a_packed_stream_are_refused(name, tmp_path):
         assert codes(path) <= {Fault.DAMAGED_FILE, Fault.HEADER_LIES} and codes(path)
 
 
+@pytest.mark.parametrize("name", PACKED.values(), ids=PACKED)
+def test_other_bytes_after_a_packed_stream_are_refused(name, tmp_path):
+    path = packed(tmp_path, name)
+    file, _ = voxel_file(path)
+    data = file.read_bytes()
+    file.write_bytes(data + bytes(60))
+    assert codes(path) == set()
+    file.write_bytes(data + b"\0\1" * 30)
+    assert codes(path) and codes(path) <= {Fault.DAMAGED_FILE, Fault.HEADER_LIES}
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
 def test_a_header_of_more_or_fewer_slices_is_refused(name, compressed, tmp_path):
