@@ -210,8 +210,8 @@ def grounding_of_answers(model, sequences, draws=4, **inputs):
     if sequences.shape[1] <= length or not torch.equal(sequences[:, :length], prompt):
         raise ValueError("The sequences must begin with the prompts; pass what `generate` returned for them.")
     answers = sequences[:, length:]
-    ended = torch.isin(answers, torch.tensor(stops, device=answers.device)).cumsum(-1)
-    real = ended - torch.isin(answers, torch.tensor(stops, device=answers.device)).long() == 0  # with the first stop
+    stop = torch.isin(answers, torch.tensor(stops, device=answers.device)).long()
+    real = stop.cumsum(-1) - stop == 0  # up to the first stop, with it
     mask = inputs.pop("attention_mask", torch.ones_like(prompt))
     labels = torch.cat([torch.full_like(prompt, -100), answers.masked_fill(~real, -100)], dim=1)
     if (types := inputs.pop("mm_token_type_ids", None)) is not None:

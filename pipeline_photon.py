@@ -8,6 +8,7 @@ from .processing_photon import scan_name
 
 INPUT = {"volume", "question"}
 TEXT = {"input_ids", "attention_mask", "mm_token_type_ids"}
+SELECTION = ("token_budget", "keep_ratio", "use_scheduler")  # arguments of `generate` that decide what is kept
 TOGETHER = 16  # questions on one scan that are answered in one batch
 
 
@@ -96,7 +97,8 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
         for begin in range(0, count, TOGETHER):
             part = {name: value[begin : begin + TOGETHER] for name, value in prompts.items() if name in TEXT}
             output = self.model.generate(**part, **given, **generate_kwargs, return_dict_in_generate=True)
-            found = self.model.grounding(output.sequences, **part, **given) if grounding else None
+            how = selection_of(generate_kwargs)
+            found = self.model.grounding(output.sequences, **part, **given, **how) if grounding else None
             parts.append((output.sequences[:, part["input_ids"].shape[1] :], output.past_key_values.cut, found))
         return {
             "parts": parts,
@@ -122,6 +124,11 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
             for answer, value in zip(answers[first:], [] if grounding is None else grounding.tolist(), strict=False):
                 answer["grounding"] = value
         return answers if outputs["several"] else answers[0]
+
+
+def selection_of(options):
+    """Those of `generate`'s arguments that decide what is kept: `grounding` wants them too."""
+    return {name: value for name, value in options.items() if name in SELECTION}
 
 
 def without_padding(tokens, stop_tokens):

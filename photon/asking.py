@@ -14,7 +14,7 @@ import torch
 from transformers import StoppingCriteria
 
 from photon import overlay
-from photon.pipeline_photon import finish_reason
+from photon.pipeline_photon import finish_reason, selection_of
 from photon.planes import choose_planes, question_window
 from photon.read_options import reading_fields
 from photon.scan_intensity_photon import find_modality, intensity_window
@@ -69,7 +69,7 @@ def ask_all(processor, model, scans, questions, grounding=False, **generate_opti
         times = seconds | {"prefill": clock.first_token - begin, "decode": end - clock.first_token}
         found = {}
         if grounding:
-            how = {n: v for n, v in generate_options.items() if n in ("token_budget", "keep_ratio", "use_scheduler")}
+            how = selection_of(generate_options)
             found["grounding"] = float(model.grounding(output.sequences, **inputs, **encoded, **how))
         inputs["pixel_values_videos"], inputs.scans = patches, geometry
         result, *rest = _answer(processor, model, inputs, output, times, generate_options)

@@ -109,6 +109,9 @@ def test_pipeline_ask_and_evaluation_tell_the_same(pipe, scans):
     assert len(set(values)) == 3 and all(map(math.isfinite, values))
     for other in (alone, told, scored):
         assert other == pytest.approx(values, abs=1e-3)
+    few = pipe(scans[0], questions[0], grounding=True, token_budget=9)["grounding"]  # of the set that was asked for
+    asked = asking.ask(pipe.processor, pipe.model, scans[:1], questions[0], grounding=True, token_budget=9)
+    assert few == pytest.approx(asked[0]["grounding"], abs=1e-3) != pytest.approx(alone[0], abs=1e-3)
 
 
 def test_commands_refuse_what_has_no_grounding(tmp_path, capsys):

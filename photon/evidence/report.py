@@ -7,6 +7,7 @@ from datetime import date
 
 import numpy as np
 
+from photon.evaluation.resampling import Sums
 from photon.evidence.arms import ARMS
 from photon.evidence.grounding import reliability
 from photon.evidence.questions import question_effect
@@ -22,15 +23,10 @@ def interval(records, parts, figure):
 
     Args: parts: (records, P) numbers that add up; figure: maps sums (..., P) to (...).
     """
-    patients = sorted({record["patient"] for record in records})
-    place = {name: i for i, name in enumerate(patients)}
-    sums = np.zeros((len(patients), parts.shape[1]))
-    np.add.at(sums, [place[record["patient"]] for record in records], parts)
-    draws = np.random.default_rng(0).multinomial(len(patients), np.full(len(patients), 1 / len(patients)), DRAWS)
+    sums = Sums([{**record, "subtask": ""} for record in records], parts, DRAWS, seed=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = np.nanpercentile(figure(draws @ sums), [2.5, 97.5])
-        value = figure(sums.sum(0))
-    return [None if np.isnan(x) else round(float(x), 4) for x in (value, low, high)]
+        found = sums.figures(lambda sums: {"": figure(sums[..., 0, :])})[""]
+    return [None if found[name] is None else round(found[name], 4) for name in ("value", "low", "high")]
 
 
 def accuracies(records, condition):

@@ -23,9 +23,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from photon.evaluation.models import VolumeModel
+from photon.pipeline_photon import SELECTION, selection_of
 
 LOG = logging.getLogger(__name__)
-SCHEDULING = ("token_budget", "keep_ratio", "use_scheduler")
 SAMPLING = ("do_sample", "temperature", "top_p", "seed")
 
 
@@ -171,14 +171,14 @@ class Engine:
             scans: `EncodedScan`s; stop: texts that end an answer; timeout: seconds, with waiting.
             on_event: called with each event instead; see `Asked`.
             grounding: whether to tell how much the answer rests on what was kept, at the cost of some forward passes.
-            options: of `SCHEDULING` and `SAMPLING`.
+            options: of `SELECTION` and `SAMPLING`.
         Raises: `Busy`, and `ValueError` for options that are not known.
         """
         if not scans:
             raise ValueError("There is no scan to ask about; pass one for each volume of the chat.")
-        unknown = set(options) - {*SCHEDULING, *SAMPLING}
+        unknown = set(options) - {*SELECTION, *SAMPLING}
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: not known; expected {', '.join(SCHEDULING + SAMPLING)}.")
+            raise ValueError(f"{', '.join(sorted(unknown))}: not known; expected {', '.join(SELECTION + SAMPLING)}.")
         longest = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
         options = {name: value for name, value in options.items() if value is not None}
         options |= {"max_new_tokens": longest} | ({"grounding": True} if grounding else {})
@@ -278,8 +278,7 @@ class Engine:
     def _grounding(self, inputs, sequences, rows, options):
         """A number for each row, `None` where its answer was stopped from outside: the rest is no answer of the
         model's."""
-        how = {name: options[name] for name in SCHEDULING if name in options}
-        values = self.model.grounding(sequences, **inputs, **how).tolist()
+        values = self.model.grounding(sequences, **inputs, **selection_of(options)).tolist()
         return [v if text.own_end and math.isfinite(v) else None for v, text in zip(values, rows, strict=True)]
 
     def _over(self, asked, now):
