@@ -77,10 +77,10 @@ def parts_of_question(question, values, body, ct):
     if len(named) == 1:
         middle = np.average(np.arange(body.shape[2]), weights=body.sum((0, 1)))
         right = np.arange(body.shape[2]) < middle  # x grows to the patient's left
-        parts.append((np.broadcast_to(right if named == ["right"] else ~right, body.shape), f"on the {named[0]}"))
+        parts.append((np.broadcast_to(right if named == ["right"] else ~right, body.shape), f"on the {named[0]} side"))
     for tissue in tissues_of(question) if ct else ():
         low, high = TISSUES[tissue][1]
-        parts.append(((values >= low) & (values <= high) & body, f"in {tissue}"))
+        parts.append(((values >= low) & (values <= high) & body, f"in {tissue} tissue"))
     return parts
 
 

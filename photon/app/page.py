@@ -36,8 +36,8 @@ SCAN_PANEL = """
     <label>Kind of scan <select id="photon-kind">
       <option value="auto">by its header</option><option value="ct">CT</option><option value="mr">MR</option>
     </select></label>
-    <label>Series <input id="photon-series" type="number" min="1" placeholder="only one"></label>
-    <label>Frame <input id="photon-frame" type="number" min="0" placeholder="only one"></label>
+    <label>Series <input id="photon-series" type="number" min="1" placeholder="number"></label>
+    <label>Frame <input id="photon-frame" type="number" min="0" placeholder="number"></label>
     <button type="button" id="photon-again" class="ph-button ph-second" disabled>Read again</button>
     <button type="button" id="photon-forget" class="ph-button ph-second" disabled>Forget the scan</button>
   </div>
@@ -45,7 +45,8 @@ SCAN_PANEL = """
 </div>
 """
 VIEW_PANEL = """
-<div id="photon-viewer"><p class="ph-empty">Here the scan will be shown in three planes.</p></div>
+<div id="photon-viewer"><p class="ph-empty">The scan appears here in three planes. Choose one of your own, or take a
+sample; then ask about it.</p></div>
 <div id="photon-downloads" class="ph-downloads" hidden></div>
 <details id="photon-3d" class="ph-3d" hidden>
   <summary>3D view</summary>
@@ -57,6 +58,7 @@ VIEW_PANEL = """
 """
 SEND = "(...values) => { values[2] = window.photonApp.visit; return values; }"
 REFRESH = "() => window.photonApp.refresh()"
+VISIT = "() => [window.photonApp.visit]"
 HEAD = """
 <link rel="stylesheet" href="/photon/static/viewer.css">
 <link rel="stylesheet" href="/photon/static/app.css">
@@ -72,10 +74,17 @@ def theme():
     quiet = {"light": "#566072", "dark": "#a3afc0"}  # the theme's own are too faint to read
     fields = ("body_text_color_subdued", "block_info_text_color", "input_placeholder_color")
     edge = {"light": "#8a94a6", "dark": "#66728a"}  # fields are seen as fields
+    plain = {"block_title_background_fill": "transparent", "block_title_text_color": "*body_text_color",
+             "block_label_text_color": "*body_text_color"}  # labels do not look like buttons # fmt: skip
     edges = ("input_border_color", "checkbox_border_color", "border_color_primary")
     return soft.set(
         input_border_width="1px",
         block_border_width="1px",
+        block_title_padding="0",
+        slider_color="#1d4ed8",
+        slider_color_dark="#60a5fa",
+        **plain,
+        **{f"{field}_dark": value for field, value in plain.items()},
         **{field: edge["light"] for field in edges},
         **{f"{field}_dark": edge["dark"] for field in edges},
         **{field: quiet["light"] for field in fields},
@@ -124,6 +133,11 @@ def build_page(engine, visits, tiny, timeout=120.0):
         history[-1]["content"] = f"{as_text(event.text) or '(empty answer)'}\n\n<small>{figures(event)}</small>"
         yield history, ""
 
+    def forget(name):
+        visit = visits.get(name)
+        if visit is not None:
+            visit.forget_answers()
+
     plain = {"padding": False, "apply_default_css": False}
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         notice = f'<p class="ph-banner" role="note"><strong>{BANNER}</strong>{" " + TINY if tiny else ""}</p>'
@@ -134,10 +148,10 @@ def build_page(engine, visits, tiny, timeout=120.0):
         )
         gr.HTML(SCAN_PANEL, **plain)
         with gr.Row(elem_classes="ph-main"):
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(scale=5, min_width=560):
                 gr.HTML(VIEW_PANEL, **plain)
             with gr.Column(scale=3, min_width=320):
-                chat = gr.Chatbot(label="Answers", height=420, buttons=["copy"], feedback_options=None,
+                chat = gr.Chatbot(label="Answers", show_label=False, height=420, buttons=[], feedback_options=None,
                                   latex_delimiters=[], placeholder="Ask about the scan.",
                                   elem_id="photon-chat")  # fmt: skip
                 box = gr.Textbox(label="Question", placeholder="Is there a lesion in the liver?", lines=1,
@@ -151,6 +165,9 @@ def build_page(engine, visits, tiny, timeout=120.0):
         sent = box.submit(answer, [box, chat, name, budget, earlier], [chat, box], js=SEND, show_progress="hidden",
                           concurrency_limit=engine.max_batch, api_visibility="private")  # fmt: skip
         sent.then(None, js=REFRESH)
+        chat.clear(forget, [name], js=VISIT, api_visibility="private").then(None, js=REFRESH)
+        # pressed by the page's script when another scan is shown, whose chat is empty
+        gr.Button(elem_id="photon-clear", visible="hidden").click(list, None, [chat], api_visibility="private")
     page.queue(max_size=engine.max_waiting)
     return page
 

@@ -30,7 +30,12 @@ class Visit:
 
     def show(self, scan):
         """Replaces the scan; answers about the one before are forgotten."""
-        self.scan, self.turns, self.masks = scan, [], []
+        self.scan = scan
+        self.forget_answers()
+
+    def forget_answers(self):
+        """Starts the chat about the scan anew."""
+        self.turns, self.masks = [], []
 
 
 class Full(RuntimeError):

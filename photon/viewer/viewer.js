@@ -42,7 +42,9 @@ class PhotonViewer {
     this.questions = [];
     this.shown = [null, null]; // numbers of the questions of the first and the second row
     this.panes = [];
+    this.reason = null; // the element that says why the planes are where they are
     this.outlines = true;
+    this.lead = "axial"; // the large plane, where one question is shown
     element.classList.add("pv");
     this.bar = make("div", { class: "pv-bar" });
     this.rows = make("div", { class: "pv-rows" });
@@ -86,24 +88,29 @@ class PhotonViewer {
   build() {
     this.buildBar();
     this.panes = [];
+    this.reason = null;
     this.rows.replaceChildren();
     const rows = this.shown[1] === null ? [0] : [0, 1];
     for (const row of rows) {
       const item = this.questions[this.shown[row]];
-      if (item) this.rows.append(this.caption(item, this.shown[row]));
-      const line = make("div", { class: "pv-row" });
+      if (item) this.rows.append(this.caption(item, this.shown[row], row));
+      const line = make("div", { class: rows.length === 1 ? "pv-row pv-single" : "pv-row" });
       for (const name of Object.keys(PLANES)) line.append(this.pane(name, row));
       this.rows.append(line);
     }
     this.draw();
   }
 
-  caption(item, number) {
+  caption(item, number, row) {
     const swatch = make("span", { class: "pv-swatch", style: `background:${COLOURS[number % COLOURS.length]}` });
-    const count = item.tokens_seen ? ` ${item.tokens_kept} of ${item.tokens_seen} tokens kept.` : "";
+    const count = item.tokens_seen ? ` ${item.tokens_kept} of ${item.tokens_seen} tokens kept. ` : " ";
     const answer = make("strong", {}, item.answer || "(empty answer)");
-    const reason = make("span", { class: "pv-quiet" }, `${count} ${item.reason[0].toUpperCase()}${item.reason.slice(1)}.`);
-    return make("p", { class: "pv-caption" }, swatch, ` ${item.question} `, answer, reason);
+    const line = make("p", { class: "pv-caption" }, swatch, ` ${item.question} `, answer, make("span", { class: "pv-quiet" }, count));
+    if (row) return line; // the planes are the first question's
+    this.reason = make("span", { class: "pv-quiet" }, `${item.reason[0].toUpperCase()}${item.reason.slice(1)}.`);
+    this.reason.at = item.at;
+    line.append(this.reason);
+    return line;
   }
 
   buildBar() {
@@ -171,12 +178,18 @@ class PhotonViewer {
       "aria-label": `${name} plane: arrow keys move the cross-hair, page up and page down change the slice` });
     const slider = make("input", { type: "range", min: 0, max: last, "aria-label": `${name} slice`,
       on: { input: () => this.moveTo(plane.axis, Number(slider.value)) } });
-    const figure = make("figure", { class: "pv-pane" }, make("figcaption", {}, title), canvas, slider);
-    const grow = make("button", { type: "button", class: "pv-grow", "aria-pressed": "false",
+    const single = this.shown[1] === null;
+    const kind = single && name === this.lead ? "pv-pane pv-lead" : "pv-pane";
+    const figure = make("figure", { class: kind }, make("figcaption", {}, title), canvas, slider);
+    const grow = make("button", { type: "button", class: "pv-grow", "aria-label": `enlarge the ${name} plane`,
       on: { click: () => {
-        const large = figure.classList.toggle("pv-large");
-        grow.setAttribute("aria-pressed", String(large));
-        this.draw();
+        if (single) {
+          this.lead = name;
+          this.build();
+        } else {
+          figure.classList.toggle("pv-large");
+          this.draw();
+        }
       } } }, "enlarge");
     figure.firstChild.append(grow);
     const pane = { name, plane, row, canvas, slider, title, turned: 0 };
@@ -238,6 +251,9 @@ class PhotonViewer {
     const value = this.scan.slope * stored + this.scan.intercept;
     const kept = this.shown.filter((n) => n !== null && this.questions[n] && this.questions[n].mask[(z * ny + y) * nx + x]);
     const inside = kept.length ? `, kept for question ${kept.map((n) => n + 1).join(" and ")}` : "";
+    if (this.reason) { // true of where the question points to, not of where the reader went
+      this.reason.style.visibility = this.reason.at.every((n, axis) => n === this.at[axis]) ? "visible" : "hidden";
+    }
     this.place.textContent = `voxel ${x}, ${y}, ${z}: ${+value.toPrecision(5)} ${this.scan.unit}${inside}`;
   }
 

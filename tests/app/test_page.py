@@ -37,7 +37,8 @@ CONTRAST = """(element) => {
 }"""
 READABLE = [
     ".ph-title", ".ph-banner", ".ph-button[for]", "#photon-sample", "#photon-forget", "#photon-status p",
-    ".pv-caption", ".pv-quiet", ".pv-place", ".pv-pane figcaption", ".pv-grow", ".ph-downloads a",
+    ".pv-caption", ".pv-quiet", "#photon-chat small", ".pv-place", ".pv-pane figcaption", ".pv-grow",
+    ".ph-downloads a",
 ]  # fmt: skip
 
 
@@ -250,6 +251,46 @@ def test_without_a_scan_and_with_a_budget(visit):
     assert f"17 of {TOKENS} tokens kept" in page.inner_text("#photon-chat")
     assert page.locator("#photon-viewer img, #photon-chat img[src=x], #photon-chat strong").count() == 0
     assert "<img src=x onerror=alert(1)> **Is** there?" in page.inner_text("#photon-chat")
+    assert visit.faults == []
+
+
+def test_another_scan_and_an_emptied_chat(visit):
+    """Answers about the scan before go with it; the chat's own button forgets what was kept, too."""
+    page = visit.page
+    for _ in range(2):
+        page.evaluate("document.getElementById('photon-status').className = ''")
+        page.click("#photon-sample")
+        page.wait_for_selector("#photon-status.ph-good")
+        until(page, "!document.querySelector('#photon-chat small')")
+        assert page.is_hidden("#photon-downloads") and page.locator(".pv-caption").count() == 0
+        ask(page, "Is there a lesion in the liver?")
+        assert page.evaluate("window.photonApp.questions.length") == 1 and page.is_visible("#photon-downloads")
+    page.locator("#photon-chat button[title='Clear'], #photon-chat button[aria-label='Clear']").click()
+    page.wait_for_function("window.photonApp.questions.length === 0")
+    assert page.is_hidden("#photon-downloads") and page.locator(".pv-caption").count() == 0
+    assert visit.faults == []
+
+
+def test_the_planes_and_their_caption(visit):
+    """One plane is large, another one can be; the sentence about the planes is shown where it is true."""
+    page = visit.page
+    page.click("#photon-sample")
+    page.wait_for_selector("#photon-status.ph-good")
+    ask(page, "Is there a lesion in the right lung?")
+
+    def width(number):
+        return page.locator(".pv-pane canvas").nth(number).bounding_box()["width"]
+
+    assert width(0) > 1.5 * width(1) and width(1) == width(2)
+    page.get_by_role("button", name="enlarge the coronal plane").click()
+    assert width(1) > 1.5 * width(0) and width(0) == width(2)
+    reason = page.get_by_text("Planes through the middle of what was kept on the right side in lung tissue.")
+    assert reason.is_visible()
+    page.locator(".pv-pane canvas").nth(1).focus()
+    page.keyboard.press("PageDown")
+    reason.wait_for(state="hidden")
+    page.keyboard.press("PageUp")
+    reason.wait_for(state="visible")
     assert visit.faults == []
 
 

@@ -88,6 +88,7 @@ const app = {
       return this.tell("ph-fault", typeof facts.detail === "string" ? facts.detail : "The request was refused.");
     }
     const scan = await (await fetch(this.path("scan.json"))).json();
+    if (this.questions.length) document.getElementById("photon-clear").click(); // they are about the scan before
     this.questions = [];
     this.viewer = this.viewer || new PhotonViewer(this.find("viewer"));
     await this.viewer.load(scan);
@@ -113,7 +114,7 @@ const app = {
     const links = questions.map((item, n) => this.link(`kept/${n}.nii.gz`, `kept_${n + 1}.nii.gz`, `kept map of question ${n + 1}`));
     links.push(this.link("page.html", "photon.html", "page to keep (HTML)"));
     this.find("downloads").replaceChildren("Download: ", ...links);
-    this.find("downloads").hidden = false;
+    this.find("downloads").hidden = !questions.length;
     if (this.find("3d").open) await this.show3d();
   },
 
@@ -121,6 +122,12 @@ const app = {
     const link = document.createElement("a");
     Object.assign(link, { href: this.path(path), download: name, textContent: text });
     return link;
+  },
+
+  /* A colour map of one colour, as NiiVue takes it: the planes' outlines have the same. */
+  ramp(colour) {
+    const [r, g, b] = [1, 3, 5].map((start) => parseInt(colour.slice(start, start + 2), 16));
+    return { R: [r, r], G: [g, g], B: [b, b], A: [0, 255], I: [0, 255] };
   },
 
   async show3d() {
@@ -139,13 +146,14 @@ const app = {
           isOrientationTextVisible: true, loadingText: "", logLevel: "error" });
         await this.nv.attachToCanvas(canvas);
         this.nv.setSliceType(this.nv.sliceTypeRender);
+        COLOURS.forEach((colour, n) => this.nv.addColormap(`photon${n}`, this.ramp(colour)));
       }
       const [low, high] = this.viewer.scan.window;
       const volumes = [{ url: this.path("scan.nii.gz"), name: "scan.nii.gz", colormap: "gray", cal_min: low, cal_max: high }];
       if (this.questions.length) {
         const last = this.questions.length - 1;
-        volumes.push({ url: this.path(`kept/${last}.nii.gz?small=true`), name: "kept.nii.gz", colormap: "warm", opacity: 0.5,
-          cal_min: 0.5, cal_max: 1 });
+        volumes.push({ url: this.path(`kept/${last}.nii.gz?small=true`), name: "kept.nii.gz", opacity: 0.5,
+          colormap: `photon${last % COLOURS.length}`, cal_min: 0.5, cal_max: 1 });
       }
       await this.nv.loadVolumes(volumes);
       this.nv.setRenderAzimuthElevation(150, 15); // from the front and a little from above
