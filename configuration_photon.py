@@ -30,6 +30,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+UNUSED = "vision_token_id"  # in the files of Qwen's models, where nothing reads it
 
 
 def one_of(*values, default):
@@ -60,6 +61,14 @@ def share(default):
             raise ValueError(f"is {value}; expected a share from 0 to 1.")
 
     return validated_field(check, default=default)
+
+
+def refuse_misspelt(names, config_class):
+    """Raises `ValueError` for a name that is nearly that of a field: the parent would keep it, without effect."""
+    known = {*config_class.__dataclass_fields__, UNUSED}
+    for name in names:
+        if name not in known and (close := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
+            raise ValueError(f"unknown field {name!r} of {config_class.__name__}; did you mean {close[0]!r}?")
 
 
 @strict
@@ -208,10 +217,9 @@ class PhotonConfig(Qwen2_5_VLConfig):
     user_token_id: int | None = 872
 
     def __post_init__(self, **kwargs):
-        # the parent keeps any unknown name silently, so that a misspelt constant would be lost
-        for name in kwargs:
-            if close := difflib.get_close_matches(name, PhotonConfig.__annotations__, n=1, cutoff=0.85):
-                raise ValueError(f"unknown field {name!r} of PhotonConfig; did you mean {close[0]!r}?")
+        for name, part in self.sub_configs_defaults.items():
+            if isinstance(given := getattr(self, name), dict):
+                refuse_misspelt(given, part.config_class)
         # whoever saves: the folder names all its classes and its pipeline
         kwargs |= copy.deepcopy(
             {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
@@ -219,6 +227,11 @@ class PhotonConfig(Qwen2_5_VLConfig):
         super().__post_init__(**kwargs)
         if self.scheduler_layer is None:
             self.scheduler_layer = max(self.text_config.num_hidden_layers // 4 - 1, 0)
+
+    def __setattr__(self, name, value):
+        if not name.startswith("_"):
+            refuse_misspelt([name], type(self))
+        super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -228,6 +241,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
                 f"This checkpoint is of type {config_dict['model_type']!r}, not {cls.model_type!r}. Convert it first: "
                 "python convert_photon.py --qwen DIR|HUB_ID --output DIR (or --official for the authors' release)."
             )
+        refuse_misspelt(kwargs, cls)
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.validate()  # once more, since kwargs were set one by one

@@ -60,7 +60,7 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
             else:
                 volume = {"volume": volume, "question": question}
         elif hasattr(volume, "features"):  # a set of `datasets`
-            volume = ({name: row[name] for name in ("volume", "question")} for row in volume)
+            volume = (input_of(row) for row in volume)
         if isinstance(volume, list) and all(isinstance(row, dict) and set(row) == INPUT for row in volume):
             groups = [list(rows) for _, rows in groupby(volume, key=lambda row: scan_name(row["volume"]))]
             together = [{"volume": r[0]["volume"], "question": [row["question"] for row in r]} for r in groups]
@@ -69,7 +69,8 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
 
     def preprocess(self, inputs):
         if not isinstance(inputs, dict) or set(inputs) != INPUT:
-            raise ValueError('Expected a scan and a question, or a dict {"volume": ..., "question": ...}.')
+            seen = f"a dict of {', '.join(inputs) or 'nothing'}" if isinstance(inputs, dict) else type(inputs).__name__
+            raise ValueError(f'Got {seen}; expected a scan and a question, or {{"volume": ..., "question": ...}}.')
         volumes = inputs["volume"] if isinstance(inputs["volume"], list) else [inputs["volume"]]
         parts = [
             {"type": "volume", **(volume if isinstance(volume, dict) else {"volume": volume})} for volume in volumes
@@ -124,6 +125,16 @@ class VolumeQuestionAnsweringPipeline(Pipeline):
             for answer, value in zip(answers[first:], [] if grounding is None else grounding.tolist(), strict=False):
                 answer["grounding"] = value
         return answers if outputs["several"] else answers[0]
+
+
+def input_of(row):
+    """The columns of a set's row that the pipeline reads. Raises `ValueError` where they have other names."""
+    if not INPUT <= set(row):
+        raise ValueError(
+            f"A row of the set has the columns {', '.join(row)}; expected volume and question. "
+            'Rename them: set.rename_columns({"image": "volume"}).'
+        )
+    return {name: row[name] for name in sorted(INPUT)}
 
 
 def selection_of(options):

@@ -91,6 +91,7 @@ def _answer(processor, model, inputs, output, seconds, generate_options):
     cut = output.past_key_values.cut
     keep_mask = torch.ones(1, total, dtype=torch.bool) if cut is None else cut.keep_mask
     answer = output.sequences[0, inputs["input_ids"].shape[1] :]
+    stop_tokens = generate_options.get("eos_token_id", model.generation_config.eos_token_id)
     by_threshold = cut is not None and not {"token_budget", "keep_ratio"} & set(generate_options)
     result = {
         "answer": processor.decode(answer, skip_special_tokens=True).strip(),
@@ -98,7 +99,7 @@ def _answer(processor, model, inputs, output, seconds, generate_options):
         "tokens_seen": total,
         "threshold": float(cut.threshold[0]) if by_threshold else None,
         "answer_tokens": len(answer),
-        "finish_reason": finish_reason(answer, model.generation_config.eos_token_id),
+        "finish_reason": finish_reason(answer, stop_tokens),
         "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": seconds,
     }

@@ -61,9 +61,25 @@ def test_what_inference_leaves_out_is_every_extra_output():
     assert set(PhotonConfig.keys_to_ignore_at_inference) == extra | {"past_key_values"}
 
 
-def test_a_misspelt_field_is_refused():
-    with pytest.raises(ValueError, match="did you mean 'keep_temperature'"):
-        tiny_config(keep_temprature=0.1)
+def test_a_misspelt_field_is_refused(tmp_path):
+    """At construction, within a part, as an argument of from_pretrained, and by assignment."""
+    config = tiny_config()
+    parts = {name: getattr(config, name).to_dict() for name in ("text_config", "vision_config")}
+    for wrong, right in (("num_hiden_layers", "num_hidden_layers"), ("hidden_sizes", "hidden_size")):
+        with pytest.raises(ValueError, match=f"{wrong!r} of Qwen2_5_VLTextConfig; did you mean {right!r}"):
+            PhotonConfig(**parts | {"text_config": parts["text_config"] | {wrong: 2}})
+    with pytest.raises(ValueError, match="'intermediate_sise' of PhotonVisionConfig"):
+        PhotonConfig(**parts | {"vision_config": parts["vision_config"] | {"intermediate_sise": 2}})
+    for wrong, right in (("keep_temprature", "keep_temperature"), ("tie_word_embedings", "tie_word_embeddings")):
+        with pytest.raises(ValueError, match=f"did you mean {right!r}"):
+            tiny_config(**{wrong: 1})
+        with pytest.raises(ValueError, match=f"did you mean {right!r}"):
+            setattr(config, wrong, 1)
+    with pytest.raises(ValueError, match="did you mean 'text_config'"):
+        PhotonConfig(text_confg=parts["text_config"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'saliency'"):
+        PhotonConfig.from_pretrained(tmp_path, salency="attention")
 
 
 def test_sliding_windows_are_refused():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from transformers import (
 
 import evaluate_hf
 from conftest import ROOT, TOKENS
+from photon import precision
 from photon.evaluation import run as evaluation_run
 from photon.evaluation.dealing import batches, dealt, grouped, scan_keys
 from photon.evaluation.encoded_scans import EncodedScans
@@ -560,6 +562,35 @@ def test_scores_and_comparison_of_files(capsys, data, talker, tmp_path):
     with pytest.raises(SystemExit):
         evaluate_hf.main([*plain, "--score", str(first)])
     assert "line" in capsys.readouterr().err
+
+
+def test_the_type_of_a_large_model_follows_from_the_machine(capsys, data, talker, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "SMALL", 0)
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda: True)
+    run(capsys, data, talker, tmp_path / "run", "--limit", 1)
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    assert load_model(str(talker), CPU).model.dtype == torch.bfloat16
+    monkeypatch.undo()
+    error = refusal(capsys, data, talker, tmp_path / "run", "--limit", 1)
+    assert "dtype: 'bfloat16' there, 'float32' now" in error
+    assert load_model(str(talker), CPU).model.dtype == torch.float32
+    run(capsys, data, talker, tmp_path / "run", "--limit", 1, "--dtype", "bfloat16")
+
+
+def test_score_takes_the_line_that_its_help_shows(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        evaluate_hf.parse(["--help"])
+    shown = re.search(r"--score FILE (.*?) --compare", " ".join(capsys.readouterr().out.split()))[1]
+    line = json.loads(re.search(r"\{.*\}", shown)[0])
+    chat = [{"role": "user", "content": "<volume>Is it?"}, {"role": "assistant", "content": line["prediction"]}]
+    row = {"id": line["id"], "messages": chat, "volumes": ["a.nii.gz"]}
+    for name, record in (("questions.jsonl", row), ("predictions.jsonl", line)):
+        (tmp_path / name).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    files = ["--data", str(tmp_path / "questions.jsonl"), "--score", str(tmp_path / "predictions.jsonl")]
+    evaluate_hf.main(["--benchmark", "jsonl", *files, "--bootstrap", "9", "--output", str(tmp_path / "scored")])
+    scores = json.loads((tmp_path / "scored" / "scores.json").read_text(encoding="utf-8"))["scores"]
+    (task,) = scores["tasks"].values()
+    assert task["figures"]["exact_match"]["value"] == 1
 
 
 def test_wrong_arguments(capsys, data):

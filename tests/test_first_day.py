@@ -98,7 +98,8 @@ def test_a_cut_answer_is_marked(pipe, scan):
     for limit, reason in ((count, "stop"), (count - 1, "length")):
         assert pipe(scan, QUESTION, max_new_tokens=limit)["finish_reason"] == reason
     unended = pipe(scan, QUESTION, max_new_tokens=count, eos_token_id=[1, 2])
-    assert unended["finish_reason"] == "length"
+    asked, *_ = asking.ask(processor, model, [scan], QUESTION, max_new_tokens=count, eos_token_id=[1, 2])
+    assert unended["finish_reason"] == asked["finish_reason"] == "length"
     assert finish_reason(torch.tensor([5, 7]), 7) == finish_reason([5, 7], [7, 8]) == "stop"
     assert finish_reason([], 7) == finish_reason([7, 5], 7) == finish_reason([7], None) == "length"
 
@@ -181,6 +182,11 @@ def test_pipelines_take_sets_of_datasets(pipe, scan):
     paths = held.cast_column("volume", Nifti(decode=False))
     assert paths[0]["volume"] == {"bytes": None, "path": scan}
     assert list(pipe(paths, max_new_tokens=4)) == expected
+    for other in (held, held.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="has the columns .*image.*; expected volume and question. Rename them"):
+            list(pipe(other.rename_column("volume", "image")))
+    with pytest.raises(ValueError, match="Got a dict of image, question; expected a scan and a question"):
+        pipe({"image": scan, "question": QUESTION})
     chats = [
         {"messages": [{"role": "user", "content": [{"type": "volume", "path": scan}, {"type": "text", "text": text}]}]}
         for text in (row["question"] for row in rows)

@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -61,7 +63,7 @@ def extract_letter(text):
 
 def main(argv=None):
     p = argparse.ArgumentParser()
-    for name in ("model", "backend", "custom-module", "mode", "input", "data-dir", "output"):
+    for name in ("model", "backend", "custom-module", "mode", "input", "data-dir", "output", "label"):
         p.add_argument(f"--{name}")
     p.add_argument("--format", default="mc")
     p.add_argument("--split", default="benchmark")
@@ -70,6 +72,7 @@ def main(argv=None):
     ev = importlib.import_module(args.custom_module).build_evaluator(args)
     assert isinstance(ev, HFVLMEvaluator)
     ev.run(split=args.split, input_mode=args.input, fmt=args.format, output_path=args.output, data_dir=args.data_dir)
+    print("leaderboard:", args.label or Path(args.model).name)
 """
 
 
@@ -136,6 +139,17 @@ def evaluator(package, monkeypatch):
     """The evaluator's `main` in this process."""
     monkeypatch.syspath_prepend(str(package))
     return importlib.import_module("deeptumorvqa.evaluate").main
+
+
+def test_deeptumorvqa_command_names_its_line_in_the_leaderboard(evaluator, questions, tmp_path, monkeypatch, capsys):
+    """The model is ".", from whose path the evaluator makes no name."""
+    page = importlib.import_module("integrations.deeptumorvqa").__doc__
+    words = shlex.split(re.search(r"deeptumorvqa-eval (.*?)\n\n", page.replace("\\\n", " "), re.S)[1])
+    words[words.index("DeepTumorVQA_2.0")], words[words.index("photon.json")] = str(questions), str(tmp_path / "o")
+    monkeypatch.chdir(ROOT)
+    evaluator(words)
+    assert capsys.readouterr().out.splitlines()[-1] == "leaderboard: Photon"
+    assert len(json.loads((tmp_path / "o").read_text())) == 6
 
 
 def test_deeptumorvqa_numbers(evaluator, questions, tmp_path):

@@ -135,8 +135,20 @@ def test_none_is_an_absent_key_everywhere_in_a_chat(processor, tmp_path):
     volumes = [{"path": None, "volume": scan(1), "series": None, "frame": None}]
     direct = processor.image_processor(volumes, return_tensors="pt")["pixel_values_videos"]
     assert torch.equal(direct, processor.image_processor([scan(1)], return_tensors="pt")["pixel_values_videos"])
-    empty = processor.apply_chat_template([{"role": "user", "content": None}], tokenize=False)
-    assert empty == processor.apply_chat_template([{"role": "user", "content": []}], tokenize=False)
+    both = [[{"role": "user", "content": [part, text]}] for part in (first, first | {"frame": None, "text": None})]
+    shared = encode(processor, both, processor_kwargs={"padding": True, "share_volumes": True})
+    assert shared["volume_index"].tolist() == [0, 0] and len(shared["pixel_values_videos"]) == 500
+    place = [{"role": "user", "content": [{"type": "volume", "path": None, "text": None}, text]}]
+    encoded = encode(processor, place, processor_kwargs={"video_grid_thw": shared["video_grid_thw"][:1]})
+    assert torch.equal(encoded["input_ids"], encode(processor, both[0])["input_ids"])
+    question = [{"role": "user", "content": [text]}]
+    for empty in (None, []):
+        turns = [*question, {"role": "assistant", "content": empty}]
+        for template in (processor, processor.tokenizer):
+            prompt = template.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)
+            assert prompt.endswith("assistant\n<|im_end|>\n")
+        ids = encode(processor, turns, add_generation_prompt=False)["input_ids"][0]
+        assert processor.tokenizer.decode(ids).endswith("assistant\n<|im_end|>\n")
     with pytest.raises(ValueError, match="A volume is"):
         processor.image_processor([{"path": None, "volume": None}])
 

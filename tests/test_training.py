@@ -667,11 +667,15 @@ def test_a_final_folder_holds_one_thing(arguments, tmp_path, inputs):
     more = ["--lora", "--save-strategy", "steps", "--save-steps", "1", *HARD]
     trainer = train_hf.train(arguments("run", *more, "--merge-lora", "false"))
     wanted, final = logits_of(trainer.model, inputs), tmp_path / "run" / "final"
-    shutil.copytree(tmp_path / "run" / "adapter", final)  # as an earlier version left it
-    train_hf.train(arguments("run", *more, "--resume", "--merge-lora", "true"))
-    assert not list(final.glob("adapter*")) and not (tmp_path / "run" / "final.partial").exists()
-    loaded = AutoModelForImageTextToText.from_pretrained(final, trust_remote_code=True, dtype=torch.float32)
-    torch.testing.assert_close(logits_of(loaded, inputs), wanted, atol=1e-4, rtol=1e-4)
+    adapter = tmp_path / "run" / "adapter"
+    shutil.copytree(adapter, final)  # as an earlier version left it
+    for merge in ("true", "true", "false", "true"):  # again, the other way, and back
+        train_hf.train(arguments("run", *more, "--resume", "--merge-lora", merge))
+        assert final.is_dir() == (merge == "true") and not (tmp_path / "run" / "final.partial").exists()
+        assert not list(final.glob("adapter*")) and not list(adapter.glob("model*"))
+        result = final if merge == "true" else adapter
+        loaded = AutoModelForImageTextToText.from_pretrained(result, trust_remote_code=True, dtype=torch.float32)
+        torch.testing.assert_close(logits_of(loaded, inputs), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_trained_dense_answers_from_all_tokens_unless_told(arguments, tmp_path, inputs):

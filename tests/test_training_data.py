@@ -150,6 +150,10 @@ def test_every_source_of_rows_gives_the_same(folder, rows, tmp_path):
     streamed = table.to_iterable_dataset()
     for source in (tmp_path / "saved", tmp_path / "rows.parquet", tmp_path / "parquet", table, streamed, records):
         assert found(source) == known, source
+    mixed = json.loads(json.dumps(records))  # scans within a chat and beside it: Arrow gives each part both keys
+    mixed[0]["messages"][0]["content"][0] |= {"path": mixed[0].pop("volumes")[0], "frame": None}
+    mixed[1]["volumes"] = [{"path": path, "series": None, "frame": None} for path in mixed[1]["volumes"]]
+    assert found(Dataset.from_list([{"volumes": None, **record} for record in mixed])) == known
     assert found(tmp_path / "splits", "test") == known
     assert len(found(tmp_path / "splits")) == 1 and len(found(DatasetDict(train=table), "train")) == 3
     where = load_rows(tmp_path / "rows.parquet", volume_root=folder)["where"]
@@ -175,6 +179,9 @@ def test_every_source_of_rows_gives_the_same(folder, rows, tmp_path):
     temporary = load_rows(tmp_path / "moved.parquet")[0]["volumes"][0]["path"]
     assert Path(temporary).is_file() and "photon-scans-" in temporary
 
+    other = {"messages": "question", "volumes": "image"}
+    with pytest.raises(RowError, match=r"row 0: 'messages' is null; expected a chat \(the row has image, question\)"):
+        load_rows(table.select_columns(["messages", "volumes"]).rename_columns(other))
     faulty = [dict(records[0], messages=[]), records[1]]
     with pytest.raises(RowError, match="(?s)1 faulty rows:.*row 0: 'messages' is empty"):
         load_rows(Dataset.from_list(records[1:2] + records[:1]).map(lambda row: {"messages": []}).select([0]))

@@ -12,6 +12,7 @@ from photon.configuration_photon import PhotonConfig
 from photon.evaluation.slices import axial_slices
 from photon.loading import adapter_base, load_config, load_processor
 from photon.loading import load_model as load_weights
+from photon.precision import choose_dtype
 from photon.prompt_photon import join_outputs, question_mask
 from photon.run_folder import RunError
 from photon.scan_faults_photon import VolumeError
@@ -216,13 +217,25 @@ def prompt(row, scans, part):
     return messages
 
 
+def type_of_weights(source, device, revision=None):
+    """The name of the type to load a model in: that of the checkpoint ("auto") on a GPU; on a CPU what `choose_dtype`
+    says of Photon, and float32 for other models."""
+    if device.type != "cpu":
+        return "auto"
+    base = adapter_base(source, revision)
+    config, _ = PreTrainedConfig.get_config_dict(base or source, revision=None if base else revision)
+    if config.get("model_type") != PhotonConfig.model_type:
+        return "float32"
+    return choose_dtype(load_config(source, revision), device)[0]
+
+
 def load_model(source, device, *, revision=None, trust_remote_code=False, dtype="auto", modality="auto",
                scheduling=None, scheduler="on", scheduler_layer=None, seed=0, max_new_tokens=64, cache_dir=None,
                slices=16, window=(-160.0, 240.0), grounding=False, reuse="exact"):  # fmt: skip
     """A `VolumeModel` of a Photon checkpoint, a `SliceModel` of any other.
 
     Args:
-        source: folder or Hub id. device: a `torch.device`. dtype: "auto" is float32 on a CPU.
+        source: folder or Hub id. device: a `torch.device`. dtype: "auto" as `type_of_weights` says.
         scheduling: arguments of Photon's `generate`.
         scheduler: "on", "off" or a name of `photon.schedulers.SCHEDULERS`; seed: of what is drawn at random;
             scheduler_layer: cut after this layer and not after the one that the model was trained with.
@@ -256,7 +269,7 @@ def load_model(source, device, *, revision=None, trust_remote_code=False, dtype=
     if scheduler_layer is not None:
         settings = load_config(source, revision).to_dict() | {"scheduler_layer": scheduler_layer}
         options["config"] = PhotonConfig.from_dict(settings)
-    dtype = "float32" if dtype == "auto" and device.type == "cpu" else dtype  # bfloat16 is slower there
+    dtype = type_of_weights(source, device, revision) if dtype == "auto" else dtype
     model, loaded = load_weights(source, dtype=dtype, output_loading_info=True, **options)
     absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
     if absent:  # left at random, and its answers would be scored as if they were the model's

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from photon.evaluation.dealing import batches, dealt, grouped, scan_keys
 from photon.evaluation.encoded_scans import EncodedScans
-from photon.evaluation.models import Refused, load_model
+from photon.evaluation.models import Refused, load_model, type_of_weights
 from photon.evaluation.predictions import PART, PREDICTIONS, collect, line_of, merge, prediction_files
 from photon.loading import adapter_base, usable_device
 from photon.run_folder import open_run
@@ -74,7 +74,10 @@ def answered(settings, rows):
     device = usable_device(settings.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", state.local_process_index % torch.cuda.device_count())
-    ids, held = {row["id"]: None for row in rows}, [None]
+    ids, held, dtype = {row["id"]: None for row in rows}, [None], [settings.dtype]
+    if state.is_main_process and settings.dtype == "auto":
+        dtype = [type_of_weights(settings.model, device, settings.revision)]
+    settings = replace(settings, dtype=broadcast_object_list(dtype)[0])  # by free memory, which each would find less
     if state.is_main_process:
         begun = any(file.stat().st_size for file in prediction_files(settings.output))
         open_run(settings.output, identity(settings, rows, device), begun=begun)
@@ -99,8 +102,7 @@ def answered(settings, rows):
 
 def identity(settings, rows, device):
     """What decides the answers, as JSON: a run goes on only where all of it is the same."""
-    dtype = settings.dtype if settings.dtype != "auto" else "float32" if device.type == "cpu" else "auto"
-    names = ("batch_size", "max_new_tokens", "choices", "scheduler", "token_budget", "keep_ratio", "modality")
+    names = ("batch_size", "max_new_tokens", "choices", "scheduler", "token_budget", "keep_ratio", "modality", "dtype")
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         scans = [
@@ -122,7 +124,6 @@ def identity(settings, rows, device):
         "slices": settings.slices,
         "window": list(settings.window),
         "cached_scans": settings.cache_dir is not None,
-        "dtype": dtype,
         "device": device.type,
     }
 

@@ -87,7 +87,9 @@ def _row(record, root, scans):
     if record.get("volumes") and record.get("videos"):
         raise RowError("has both 'volumes' and 'videos', two names of one thing; keep one")
     listed = _list(record, "volumes") or _list(record, "videos")
-    messages, inline = _messages(record.get("messages"))
+    if record.get("messages") is None:
+        raise RowError(f"'messages' is null; expected a chat (the row has {', '.join(sorted(record)) or 'nothing'})")
+    messages, inline = _messages(record["messages"])
     if inline and listed:
         raise RowError("names scans both within 'messages' and in 'volumes'; keep one")
     volumes = [_volume(entry, root, scans) for entry in inline or listed]
