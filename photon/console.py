@@ -6,10 +6,13 @@ import warnings
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from photon.rows import RowError
 from photon.run_folder import RunError
+
+UNWRITTEN = ("inline_container", "iostream error")  # in the RuntimeError of `torch.save` on a full disk
 
 
 def print_warning(message, *where):
@@ -45,6 +48,11 @@ def one_line_faults(out_of_memory="Out of memory.", interrupted="Stopped."):
         raise _exit(_without_worker(str(error))) from None
     except torch.OutOfMemoryError:
         raise _exit(out_of_memory) from None
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in UNWRITTEN):
+            raise
+        text = " ".join(str(error).split())
+        raise _exit(f"A file of weights could not be written or read; is the disk full? ({text})") from None
     except (ValueError, OSError, ImportError, MemoryError) as error:
         raise _exit(" ".join(_without_worker(str(error)).split()) or "Out of memory.") from None
 

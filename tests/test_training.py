@@ -884,6 +884,14 @@ def test_mistakes_give_one_line(request, arguments, tmp_path, data, capsys, monk
         error = refusal(command)
         assert error.startswith("A preprocessed scan could not be written to cache_dir; is the disk full?"), error
     monkeypatch.undo()
+    monkeypatch.setattr("photon.training.saving.cast_weights", full)
+    for size, more in ((1, []), *((size, ["--save-strategy", "steps", "--save-steps", "1"]) for size in (1, 10**6))):
+        monkeypatch.setattr(
+            train_hf.PhotonTrainer, "_save_checkpoint", lambda *args, n=size: torch.save(torch.ones(n), "/dev/full")
+        )
+        error = refusal(arguments(f"unsaved{size}{len(more)}", *more, stage="align", steps=1))
+        assert error.startswith("A file of weights could not be written or read; is the disk full?"), error
+    monkeypatch.undo()
     monkeypatch.setattr(train_hf.PhotonTrainer, "training_step", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))

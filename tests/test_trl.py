@@ -182,10 +182,18 @@ def test_the_collator_takes_chats(processor, rows):
     for answers in (True, False):
         collator = ChatCollator(processor, answers=answers)
         expected = collator(list(rows))
-        for other in (chats, pairs):
+        both = (
+            [dict(chat, prompt=None, completion=None) for chat in chats[:4]]
+            + [  # as Arrow fills them
+                dict(pair, messages=None) for pair in pairs[4:]
+            ]
+        )
+        for other in (chats, pairs, both):
             found = collator(other)
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert ("labels" in expected) == answers
+    with pytest.raises(RowError, match="a row: expected messages, .*; it has question, image. .*remove_unused_col"):
+        ChatCollator(processor)([{"question": "Where?", "image": None}])
     with pytest.raises(RowError, match="a row: .* tokens, but max_length is 30"):
         ChatCollator(processor, max_length=30)(chats)

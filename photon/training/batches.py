@@ -132,7 +132,12 @@ class ChatCollator:
     def _chat(self, row):
         if row.get("volumes") is not None:
             return conversation(row, self.answers)
-        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        messages = row.get("messages") or [*(row.get("prompt") or ()), *(row.get("completion") or ())]
+        if not messages:
+            raise RowError(
+                f"{_place(row)}: expected messages, or prompt and completion; it has {', '.join(row) or 'nothing'}. "
+                "A trainer leaves columns out unless remove_unused_columns=False."
+            )
         return messages if self.answers else messages[:-1]
 
     def _encode(self, rows):
