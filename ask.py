@@ -103,7 +103,12 @@ def parse(argv=None):
     parser.add_argument("--modality", choices=["auto", "ct", "mr"], help="what the scan is (default: the model's)")
     parser.add_argument("--window", type=float, nargs=2, metavar=("LO", "HI"), help="grey levels of the overlay")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights; auto: the checkpoint's on a GPU, else by size, processor and free memory",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     scans = args.scans if args.inspect else args.scans[:-1]

@@ -60,7 +60,12 @@ def parse(argv=None):
     group.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
     group.add_argument("--trust-remote-code", action="store_true", help="run code of a model other than Photon")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights; auto: the checkpoint's on a GPU, else by size, processor and free memory",
+    )
     group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions on one scan at a time")
     group.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer")
     group.add_argument("--choices", choices=["generate", "logprob"], default="generate",

@@ -19,7 +19,12 @@ def parse(argv=None):
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--folder", metavar="DIR", help="scans below it may be named by path in a request")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights; auto: the checkpoint's on a GPU, else by size, processor and free memory",
+    )
     parser.add_argument(
         "--workers", type=int, default=0, help="processes behind Ray Serve, one a GPU; 0: this process"
     )
