@@ -584,6 +584,7 @@ def test_the_final_folder_gives_the_same_in_a_fresh_process(arguments, tmp_path,
     final = tmp_path / "run" / "final"
     assert not any("token_head" in name for name in load_file(final / "model.safetensors"))
     assert not (final / "training_args.bin").exists() and (final / "pipeline_photon.py").exists()
+    assert json.loads((final / "generation_config.json").read_text())["max_new_tokens"] == 256
     moved = shutil.move(final, tmp_path / "elsewhere")
     save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "batch.safetensors")
     run_fresh(FRESH, moved, tmp_path / "batch.safetensors", tmp_path / "logits.safetensors")
@@ -601,6 +602,7 @@ def test_merged_adapters_equal_unmerged_ones(arguments, tmp_path, model, inputs,
     merged, adapter = tmp_path / "run" / "final", tmp_path / "run" / "adapter"
     assert set(load_file(merged / "model.safetensors")) == set(load_file(model / "model.safetensors"))
     assert not list(merged.glob("adapter*"))
+    assert json.loads((merged / "generation_config.json").read_text())["max_new_tokens"] == 256
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(model) and str(model) in (adapter / "README.md").read_text()
     save_file({name: value.contiguous() for name, value in inputs.items()}, tmp_path / "batch.safetensors")
