@@ -5,6 +5,7 @@ Chromium is Debian's (`CHROMIUM` names another). Pictures go to the folder in PH
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -186,6 +187,13 @@ def test_a_scan_of_ones_own(server, visit, tmp_path):
         assert time.monotonic() < end, "the page was left, so the scan is gone"
         page.wait_for_timeout(100)
     assert server.left_on_disk() == [] and "doe_jane" not in server.log() + "".join(map(str, server.temp.rglob("*")))
+
+
+def test_only_this_machine_reaches_it(server):
+    """It listens on 127.0.0.1, and on no other address of this machine."""
+    socket.create_connection(("127.0.0.1", server.port), timeout=10).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", server.port), timeout=10).close()
 
 
 @pytest.mark.parametrize("visit", [{"color_scheme": "dark"}, {"color_scheme": "light"}], indirect=True)

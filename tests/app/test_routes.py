@@ -1,5 +1,6 @@
 """The app's routes without a browser: what a visitor reaches of others, what is refused, what stays on the disk."""
 
+import gzip
 import io
 import tempfile
 import zipfile
@@ -11,12 +12,14 @@ pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
 from starlette.testclient import TestClient  # noqa: E402
 
 from conftest import ROOT  # noqa: E402
+from photon.app.page import chat_of, remember  # noqa: E402
 from photon.app.scans import sample  # noqa: E402
 from photon.app.server import build_app  # noqa: E402
 from photon.app.visits import Visits  # noqa: E402
 from photon.loading import load  # noqa: E402
-from photon.serving.engine import Engine  # noqa: E402
+from photon.serving.engine import Answer, Engine  # noqa: E402
 from photon.serving.incoming import Limits  # noqa: E402
+from planted import planted_series, secrets_in  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,28 @@ def test_one_visitor_does_not_reach_another(client, nifti, temp):
     assert files(temp) == []
     reply = client.get(f"/photon/visits/{first}/scan.json")
     assert reply.headers["cache-control"] == "no-store" and "frame" not in reply.headers.get("set-cookie", "")
+
+
+def test_tags_of_a_patient_go_nowhere(client, engine, tmp_path, temp, capfd, caplog):
+    """Not into a reply, a download, the page to keep, a log or a name on the disk; also where the scan is refused."""
+    name, told = begin(client), []
+    with caplog.at_level("DEBUG"):
+        for number, sound in enumerate((False, True)):
+            content = planted_series(tmp_path / str(number), sound)
+            reply = client.post(f"/photon/visits/{name}/scan", content=content)
+            assert reply.status_code == (200 if sound else 422), reply.text
+            told.append(reply.text)
+        visit = client.visits.held[name]
+        question = "Is there a lesion in the liver?"
+        (answer,) = [event for event in engine.ask(chat_of((), question), [visit.scan.encoded])
+                     if isinstance(event, Answer)]  # fmt: skip
+        remember(engine, visit, question, answer)
+        for path in ("scan.json", "questions.json", "page.html", "scan.nii.gz", "kept/0.nii.gz"):
+            reply = client.get(f"/photon/visits/{name}/{path}")
+            assert reply.status_code == 200
+            told += [str(reply.headers), gzip.decompress(reply.content) if path.endswith("gz") else reply.content]
+    told += [*capfd.readouterr(), caplog.text, *map(str, temp.rglob("*"))]
+    assert secrets_in(*told) == []
 
 
 def test_the_end_of_a_visit(client, nifti):

@@ -22,6 +22,7 @@ from photon import asking  # noqa: E402
 from photon.app.scans import sample  # noqa: E402
 from photon.loading import load  # noqa: E402
 from photon.serving.access import Tokens  # noqa: E402
+from planted import planted_series, secrets_in  # noqa: E402
 from running import running  # noqa: E402
 
 MINE, OTHERS = "first-token-of-the-tests", "second-token-of-the-tests"
@@ -161,6 +162,26 @@ def test_a_refused_scan_says_why(client, tmp_path):
         with pytest.raises(openai.UnprocessableEntityError) as refused:
             client.files.create(file=("doe_jane.nii.gz", content), purpose="user_data")
         assert refused.value.code == code and "doe_jane" not in str(refused.value)
+
+
+def test_tags_of_a_patient_go_nowhere(server, raw, tmp_path):
+    """Not into a reply, a metric, the log or a name on the disk; also where the scan is refused."""
+    told = []
+    for number, status in enumerate((422, 200)):
+        content = planted_series(tmp_path / str(number), sound=status == 200)
+        reply = raw.post("/v1/files", files={"file": ("Zzyzx.zip", content)})
+        assert reply.status_code == status, reply.text
+        told.append(reply.text)
+    told += [raw.post("/v1/chat/completions", json=body(reply.json()["id"])).text]
+    told += [raw.get(path).text for path in ("/v1/files", "/metrics")]
+    assert secrets_in(*told, server.log(), *map(str, server.temp.rglob("*"))) == []
+
+
+def test_only_this_machine_reaches_it(server):
+    """It listens on 127.0.0.1, and on no other address of this machine."""
+    socket.create_connection(("127.0.0.1", server.port), timeout=10).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", server.port), timeout=10).close()
 
 
 def test_an_mr_scan(raw):
