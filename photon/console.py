@@ -22,11 +22,14 @@ def print_warning(message, *where):
 
 @contextmanager
 def named_requirements(file):
-    """Around a command's imports: a missing package becomes one line that names the requirements to install."""
+    """Around a command's imports: a missing package becomes one line that names the requirements to install, and
+    Ctrl-C one line with exit code 130."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise _exit(f"{error.name} is missing: pip install -r {file} -c constraints.txt") from None
+    except KeyboardInterrupt:
+        raise _exit("Stopped before anything was begun.", 130) from None
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def test_none_is_an_absent_key_everywhere_in_a_chat(processor, tmp_path):
     encoded = encode(processor, place, processor_kwargs={"video_grid_thw": shared["video_grid_thw"][:1]})
     assert torch.equal(encoded["input_ids"], encode(processor, both[0])["input_ids"])
     question = [{"role": "user", "content": [text]}]
-    for empty in (None, []):
+    for empty in (None, [], [{"type": "text", "text": None}]):
         turns = [*question, {"role": "assistant", "content": empty}]
         for template in (processor, processor.tokenizer):
             prompt = template.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)

@@ -900,13 +900,17 @@ def test_mistakes_give_one_line(request, arguments, tmp_path, data, capsys, monk
     assert "Run the same command again with --resume" in refusal(arguments("stopped"), code=130)
 
 
-def test_a_missing_package_is_named_with_the_line_to_install_it(tmp_path):
-    (tmp_path / "datasets.py").write_text("raise ModuleNotFoundError('No module', name='datasets')")
+@pytest.mark.parametrize("code, status, line", [
+    ("raise ModuleNotFoundError('No module', name='datasets')", 2,
+     "datasets is missing: pip install -r requirements-train.txt -c constraints.txt"),
+    ("raise KeyboardInterrupt", 130, "Stopped before anything was begun."),
+])  # fmt: skip
+def test_what_stops_the_imports_is_one_line(tmp_path, code, status, line):
+    (tmp_path / "datasets.py").write_text(code)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "train_hf.py"), "--help"]
     done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
-    assert done.returncode == 2
-    assert done.stderr.strip() == "datasets is missing: pip install -r requirements-train.txt -c constraints.txt"
+    assert (done.returncode, done.stderr.strip()) == (status, line)
 
 
 def test_help_shows_ours_first(capsys):

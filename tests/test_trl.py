@@ -1,10 +1,13 @@
 """Other trainers than ours: TRL's SFTTrainer, the plain Trainer with metrics, log-probabilities as GRPO needs them."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from test_training import write_data, write_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -128,13 +131,34 @@ print(json.dumps(pipe(scan, "On which side is it?", max_new_tokens=4)))
 """
 
 
-@pytest.mark.parametrize("save", ["save_pretrained", "save_model"])
-def test_saved_folders_answer_through_the_pipeline(folder, processor, rows, tmp_path, save):
+class Hub:
+    """Keeps in a folder what is sent to it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+
+    def create_repo(self, repo_id, **options):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, operations, **options):
+        for sent in operations:
+            shutil.copy(sent.path_or_fileobj, self.folder / sent.path_in_repo)
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "save_model", "push_to_hub"])
+def test_saved_folders_answer_through_the_pipeline(folder, processor, rows, tmp_path, save, monkeypatch):
     """By another trainer, and by hand; in a fresh process that does not see this repository."""
     model = load(folder, True)
     if save == "save_pretrained":
         model.save_pretrained(tmp_path / "saved")
         processor.save_pretrained(tmp_path / "saved")
+    elif save == "push_to_hub":
+        hub = Hub(tmp_path / "saved")
+        monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+        monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **options: ModelCard(""))
+        model.push_to_hub("someone/photon")
+        processor.push_to_hub("someone/photon")
     else:
         trainer = Trainer(model, TrainingArguments(str(tmp_path), **OPTIONS), processing_class=processor)
         trainer.save_model(str(tmp_path / "saved"))
