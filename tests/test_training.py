@@ -325,7 +325,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(arguments, tmp_path, lor
 def test_a_finished_run_stays_or_is_extended(arguments, tmp_path, lora):
     """Eight rows in batches of three make epochs of three steps; two steps end within the first one."""
     more = [*lora, "--save-strategy", "steps", "--save-steps", "1", "--lr-scheduler-type", "constant", *MIXED]
-    shares = ["--soft-start", "0.5", "--hard-start", "0.5", "--flip-start", "0.5"]  # steps 1, and 2 in a run of four
+    shares = ["--soft-start", "0.7", "--hard-start", "0.7", "--flip-start", "0.7"]  # step 1, and 3 in a run of four
     finished = train_hf.train(arguments("run", *more, *shares, steps=2))
     weights = {name: parameter.clone() for name, parameter in finished.model.named_parameters()}
     again = train_hf.train(arguments("run", *more, *shares, "--resume", steps=2))
