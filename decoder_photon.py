@@ -86,13 +86,25 @@ class CutDecoder(CutLearning):
                 past_key_values=past_key_values, **score, **options,
             )  # fmt: skip
 
-        schedule, keep_index, held, packed = None, None, None, False
+        schedule, keep_index, fresh, held, packed, later = None, None, None, None, False, {}
         mask = self._mask(hidden_states, attention_mask, past_key_values, 0, text_positions, cut=prefix is None)
         for i, layer in enumerate(self.layers):
-            if i == cut_layer and getattr(past_key_values, "cut", None) is not None and keep_index is None:
+            if i and keep_index is None and layout_of(past_key_values, i) is not layout_of(past_key_values, i - 1):
                 mask = self._mask(hidden_states, attention_mask, past_key_values, i)
             if i != self.scoring_layer or (scan is None and prefix is None):
-                hidden_states = run(layer, hidden_states)
+                with later[i].reading(layer) if i in later else nullcontext():
+                    hidden_states = run(layer, hidden_states)
+                if i in later:  # cut again what is left of the scan
+                    lead = None if prefix is None else prefix.tensors[f"keys.{i}"]
+                    schedule.keep_mask, short = later[i].choose(scan, schedule.keep_mask, fresh, lead)
+                    moved = (gather_places(states, short) for states in (hidden_states, fresh + 1, *position_ids))
+                    hidden_states, fresh, *position_ids = moved
+                    fresh, position_ids = fresh - 1, torch.stack(position_ids)
+                    keep_index = fresh if held is None else torch.cat([held, fresh], dim=1)
+                    if past_key_values is not None:
+                        past_key_values.cut.narrow(keep_index, length, i + 1, schedule.keep_mask)
+                    embeddings = self.rotary_emb(hidden_states, position_ids)
+                    mask = self._mask(hidden_states, keep_index >= 0, past_key_values, i + 1, cut=False)
                 continue
             # --- the cut: score with this layer, decide, go on with what stays
             scan = scan and scan.to(hidden_states.device)  # this layer's; masks and scheduler may live on others
@@ -105,11 +117,12 @@ class CutDecoder(CutLearning):
                 schedule = self.scheduler(inputs).to(hidden_states.device)
                 if scan.others is not None:
                     schedule.keep_mask = other_tokens(schedule.keep_mask, scan.visual, scan.others)
-                if prefix is not None and prefix.reuse == "select" and schedule.hidden_states is not None:
-                    raise ValueError('The scheduler merges tokens, whose keys reuse="select" has. Use reuse="exact".')
+                more = schedule.hidden_states is not None or schedule.later
+                if prefix is not None and prefix.reuse == "select" and more:
+                    raise ValueError('The scheduler merges tokens or cuts again, unlike reuse="select". Use "exact".')
                 hidden_states, gate = self._weigh(hidden_states, scan, schedule)
             if scan is not None and self._phase == "hard":
-                stay = stays(scan.visual_mask, schedule.keep_mask, scan.real)
+                stay, later = stays(scan.visual_mask, schedule.keep_mask, scan.real), schedule.later
                 keep_index = fresh = padded_places(stay)  # (B, S')
                 if prefix is not None:
                     held, fresh = prefix.held_and_fresh(stay)
@@ -119,7 +132,7 @@ class CutDecoder(CutLearning):
                 position_ids = torch.stack([gather_places(axis, fresh) for axis in position_ids])
                 if past_key_values is not None:
                     self._cut_cache(past_key_values, keep_index, length, schedule)
-                packed = past_key_values is None and self._packs(keep_index)
+                packed = past_key_values is None and not later and self._packs(keep_index)
                 if packed:
                     *parts, more = packed_rows(hidden_states, position_ids, gate, keep_index)
                     (hidden_states, position_ids, gate), options = parts, options | more
@@ -233,17 +246,11 @@ class CutDecoder(CutLearning):
             features["question_states"] = gather_places(hidden_states, scan.question_index) * scan.question[..., None]
         known = {item.name for item in fields(SchedulerInputs)}
         return SchedulerInputs(
-            question=scan.question,
-            visual=scan.visual,
-            scaling=layer.self_attn.scaling,
-            keep_count=scan.keep_count,
-            flip=scan.flip,
-            deletes=self._phase != "dense",
-            budget=self.keep_budget,
-            **scores,
+            question=scan.question, visual=scan.visual, scaling=layer.self_attn.scaling, keep_count=scan.keep_count,
+            flip=scan.flip, deletes=self._phase != "dense", budget=self.keep_budget, **scores,
             **{name: value for name, value in features.items() if name in known},
             more={name: value for name, value in features.items() if name not in known},
-        )
+        )  # fmt: skip
 
     def _mask(self, hidden_states, attention_mask, past_key_values, layer, positions=None, cut=True):
         """The causal mask for a layer, from the unpruned sequence's 2D mask, or from the layer's own if not `cut`."""
@@ -252,13 +259,9 @@ class CutDecoder(CutLearning):
             stored = past_key_values.layers[layer].get_seq_length()
             attention_mask = layout.attention_mask(attention_mask, stored, hidden_states.shape[1])
         return create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=positions,
-            layer_idx=layer,
-        )
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask,
+            past_key_values=past_key_values, position_ids=positions, layer_idx=layer,
+        )  # fmt: skip
 
     def _cut_cache(self, cache, keep_index, length, schedule):
         """Note the cut in the cache; with `evict_early_layers` delete the keys and values of layers 0..l too."""
@@ -281,15 +284,8 @@ class CutDecoder(CutLearning):
                 gather_places(states.transpose(1, 2), keep_index).transpose(1, 2)
                 for states in (layer.keys, layer.values)
             )
-        dropped = length - keep_index.shape[1]
-        cache.cut = Cut(
-            mask=keep_index >= 0,
-            dropped=dropped,
-            first_layer=first,
-            keep_mask=schedule.keep_mask,
-            visual_count=schedule.visual_count,
-            threshold=schedule.threshold,
-        )
+        decided = {name: getattr(schedule, name) for name in ("keep_mask", "visual_count", "threshold")}
+        cache.cut = Cut(keep_index >= 0, length - keep_index.shape[1], first, **decided)
 
 
 # === On Qwen2.5-VL ===================================================================================================

@@ -10,7 +10,7 @@ heads, d head size.
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors import safe_open
@@ -57,12 +57,20 @@ class Cut(Layout):
     keep_mask: torch.Tensor  # (B, V) bool: which visual tokens stayed
     visual_count: torch.Tensor  # (B,): of how many
     threshold: torch.Tensor  # (B, 1)
+    later: list = field(default_factory=list)  # `Layout` of the layers above each further cut, from below
+
+    def narrow(self, keep_index, length, first_layer, keep_mask):
+        """Notes a further cut, after which layers from `first_layer` on hold keep_index (B, K) of `length` places."""
+        self.later.append(Layout(keep_index >= 0, length - keep_index.shape[1], first_layer))
+        self.keep_mask = keep_mask
 
 
 def layout_of(cache, layer):
     """The `Layout` of a cache's layer, or `None` where it holds the whole prompt."""
     cut = getattr(cache, "cut", None)
-    return cut if cut is not None and layer >= cut.first_layer else getattr(cache, "prompt", None)
+    if cut is None or layer < cut.first_layer:
+        return getattr(cache, "prompt", None)
+    return next((layout for layout in reversed(cut.later) if layer >= layout.first_layer), cut)
 
 
 class PhotonCache(DynamicCache):
@@ -159,8 +167,6 @@ class ScanPrefix:
         tensors = {name: t.expand(batch, *t.shape[1:]) for name, t in self.tensors.items()}  # no copy
         return replace(self, tensors=tensors, scans=self.scans * batch)
 
-    # --- in the decoder
-
     def fill(self, cache, layers, index=None):
         """Puts the prefix into layers of a cache, its places `index` (B, K) if given."""
         for i in layers:
@@ -203,8 +209,6 @@ class ScanPrefix:
         order = padded_places(index >= 0)
         return gather_places(hidden_states, order), index.gather(1, order.clamp(min=0)).masked_fill(order < 0, -1)
 
-    # --- whether it fits
-
     def places(self, input_ids, real, visual):
         """(B, P + T): the place in the prompts (B, S) of each place of prefix and text, -1 for padding.
 
@@ -212,8 +216,7 @@ class ScanPrefix:
         """
         count = self.real.sum(-1, keepdim=True)
         front = real & (real.cumsum(-1) <= count)
-        index = padded_places(front)
-        index = F.pad(index, (self.length - index.shape[1], 0), value=-1)
+        index = F.pad(padded_places(front), (self.length - int(front.sum(-1).max()), 0), value=-1)
         differ = (gather_places(input_ids, index) != self.input_ids) & self.real | ((index < 0) & self.real)
         if differ.any():
             row, place = differ.nonzero()[0].tolist()
@@ -373,8 +376,8 @@ class PrefixModel:
                         f"The prefix was made with another {name}: its weights or settings differ. Call encode_scan "
                         "with this one."
                     )
-            about.pop("processor")
-            return ScanPrefix({name: entry.get_tensor(name) for name in entry.keys()}, **about)
+            tensors = {name: entry.get_tensor(name) for name in entry.keys()}
+        return ScanPrefix(tensors, about["scans"], about["model"], about["reuse"])
 
     def prefix_for(self, input_ids, prefix, pixel_values_videos=None, video_grid_thw=None, volume_index=None):
         """The prefix of a batch's rows. Raises `ValueError` where it cannot serve: in training, without ids, after the
@@ -430,14 +433,9 @@ class PrefixModel:
             schedule["scheduler_features"] = features
         outputs = self.language_model(
             inputs_embeds=self.get_input_embeddings()(gather_places(input_ids, index[:, prefix.length :])),
-            attention_mask=index >= 0,
-            position_ids=positions,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            prefix=prefix,
-            **schedule,
-            **kwargs,
-        )
+            attention_mask=index >= 0, position_ids=positions, past_key_values=past_key_values, use_cache=use_cache,
+            prefix=prefix, **schedule, **kwargs,
+        )  # fmt: skip
         kept, cache = outputs.keep_index, outputs.past_key_values
         if kept is None:  # nothing was cut: the prompt's own order
             outputs.last_hidden_state = gather_places(outputs.last_hidden_state, new_place)
@@ -445,6 +443,6 @@ class PrefixModel:
             outputs.keep_index = index.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, -1)
         if cache is not None:
             cache.prompt = Layout(index >= 0, length - index.shape[1], 0)
-            if cache.cut is not None:
-                cache.cut.dropped += length - index.shape[1]
+            for layout in () if cache.cut is None else (cache.cut, *cache.cut.later):
+                layout.dropped += length - index.shape[1]
         return outputs

@@ -25,6 +25,10 @@ LOG_OF_NOTHING = math.log(NOTHING)
 NEEDS = frozenset({"sequence", "hidden_states", "coordinates", "vision", "row_number"})  # of `SchedulerInputs`
 
 
+def moved(value, device):
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 @dataclass
 class ScanRequest:
     """Where the scans and the question of a batch are, and how many visual tokens to keep.
@@ -52,12 +56,8 @@ class ScanRequest:
     def to(self, device):
         if self.visual_mask.device == device:
             return self
-
-        def move(value):
-            return value.to(device) if isinstance(value, torch.Tensor) else value
-
-        values = {item.name: move(getattr(self, item.name)) for item in fields(self)}
-        return type(self)(**values | {"features": {name: move(value) for name, value in self.features.items()}})
+        values = {item.name: moved(getattr(self, item.name), device) for item in fields(self)}
+        return type(self)(**values | {"features": {name: moved(part, device) for name, part in self.features.items()}})
 
 
 @dataclass
@@ -137,15 +137,16 @@ class Schedule(ScheduleFields):
 
     Args beyond the fields of the output: hidden_states (B, V, D): what visual tokens carry on above the cut, for
         methods that merge deleted tokens into kept ones; `None` leaves them as they are. log_gate (B, V): what is
-        added to the attention logits of each visual key above the cut; `None` for nothing.
+        added to the attention logits of each visual key above the cut; `None` for nothing. later: {layer: `Stage`},
+        cuts after layers above this one, without log_gate; see `photon/schedulers/pyramid.py`.
     """
 
     hidden_states: torch.FloatTensor | None = None
     log_gate: torch.FloatTensor | None = None
+    later: dict = field(default_factory=dict)
 
     def to(self, device):
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return type(self)(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        return type(self)(**{item.name: moved(getattr(self, item.name), device) for item in fields(self)})
 
     def outputs(self):
         """The fields that the model's output has too, as a dict."""

@@ -12,6 +12,7 @@ import torch
 from conftest import collate, three_rows, tiny_config, tiny_model
 from photon.schedulers import SCHEDULERS, use_scheduler
 from photon.schedulers.boxes import box_of_tokens, boxes
+from photon.schedulers.pyramid import Stage, cut_layers
 from photon.schedulers.recorders import record_voxels
 from photon.schedulers.rows import Row, evenly, top
 from photon.schedulers.sparsevlm import density_peaks
@@ -581,6 +582,160 @@ def test_methods_within_the_decoder_refuse_a_cut_before_it():
     for name in ("atp", "transprune"):
         with pytest.raises(ValueError, match=f"{name} reads decoder layers below the cut"):
             use_scheduler(tiny_model(scheduler_layer=-1), name)
+
+
+# === Several cuts ====================================================================================================
+
+
+def test_where_a_pyramid_cuts():
+    assert cut_layers(7, 32) == [7, 15, 23]  # after layers 8, 16 and 24, counted from 1, as the paper
+    assert cut_layers(8, 36) == [8, 17, 26] and cut_layers(-1, 36) == [-1, 11, 23]
+    assert cut_layers(0, 4) == [0, 1, 2] and cut_layers(-1, 4) == [-1, 1, 2]
+    assert cut_layers(2, 4) == [2] and cut_layers(3, 4) == [3]  # a cut above the last layer leaves nothing to do
+
+
+@pytest.mark.parametrize("layer, cuts", [(-1, [-1, 1, 2]), (0, [0, 1, 2]), (1, [1, 2])])
+@torch.no_grad()
+def test_each_layer_of_a_pyramid_holds_its_budget(layer, cuts):
+    inputs, model = collate(ROWS), tiny_model(scheduler_layer=layer)
+    use_scheduler(model, "pyramid")
+    text = (inputs["mm_token_type_ids"] != 2) & inputs["attention_mask"].bool()
+    for share in (0.125, 0.4):
+        out = model(**inputs, keep_ratio=share, use_cache=True)
+        final = torch.tensor([round(share * int(count)) for count in out.visual_count])
+        assert out.keep_mask.sum(-1).tolist() == final.tolist()
+        kept = [text.sum(-1) + out.visual_count]
+        for number in range(1, len(cuts) + 1):
+            of_row = [
+                round(v * (k / v) ** (number / len(cuts)))
+                for v, k in zip(out.visual_count.tolist(), final.tolist(), strict=True)
+            ]
+            kept.append(text.sum(-1) + torch.tensor(of_row))
+        cache = out.past_key_values
+        for number in range(4):
+            stage = sum(cut < number for cut in cuts)
+            longest = inputs["input_ids"].shape[1] if stage == 0 else int(kept[stage].max())
+            assert cache.layers[number].keys.shape[2] == longest
+            assert cache.get_seq_length(number) == inputs["input_ids"].shape[1]
+        masks = [cache.cut, *cache.cut.later]
+        assert [mask.mask.sum(-1).tolist() for mask in masks] == [some.tolist() for some in kept[1:]]
+        assert torch.equal(cache.cut.keep_mask, out.keep_mask)
+        assert ((out.keep_index >= 0).sum(-1) == kept[-1]).all()
+
+
+@torch.no_grad()
+def test_a_pyramid_cuts_by_the_last_tokens_attention():
+    """Against the attention weights of an eager model, of layers on sequences that get shorter."""
+    inputs, model = collate([ROWS[2]]), tiny_model(scheduler_layer=0, attention="eager")
+    use_scheduler(model, "pyramid")
+    out = model(**inputs, token_budget=5, output_attentions=True)
+    visual, places = (inputs["mm_token_type_ids"][0] == 2).tolist(), list(range(inputs["input_ids"].shape[1]))
+    for layer, count in enumerate((20, 10, 5)):  # of 40
+        read = out.attentions[layer][0, :, -1].mean(0).tolist()
+        assert len(read) == len(places)
+        best = sorted((p for p in places if visual[p]), key=lambda p: -read[places.index(p)])[:count]
+        places = [p for p in places if not visual[p] or p in best]
+    assert out.keep_index[0].tolist() == places
+    assert out.attentions[3].shape[-1] == len(places)
+    use_scheduler(model, "fastv")  # is its first cut
+    first = model(**inputs, token_budget=20, output_attentions=True)
+    assert torch.equal(out.attentions[1], first.attentions[1])
+
+
+@torch.no_grad()
+def test_a_pyramids_own_budget_is_the_papers():
+    inputs, model = collate(ROWS), tiny_model(scheduler_layer=0)
+    use_scheduler(model, "pyramid", native=True)
+    assert model(**inputs).keep_mask.sum(-1).tolist() == [round(0.125 * count) for count in (12, 28, 40)]
+
+
+@pytest.mark.parametrize("layer", [-1, 0])
+@torch.no_grad()
+def test_a_pyramid_is_deletion_and_not_a_mask(layer, monkeypatch):
+    """A forward through all tokens in which deleted ones are hidden from the layers above their cut."""
+    inputs, model, chosen = collate([ROWS[1]]), tiny_model(scheduler_layer=layer), []
+    use_scheduler(model, "pyramid")
+    choose = Stage.choose
+
+    def note(self, *args):
+        keep, short = choose(self, *args)
+        chosen.append(keep)
+        return keep, short
+
+    scheduler = model.model.language_model.scheduler
+    handle = scheduler.register_forward_hook(lambda module, args, out: chosen.append(out.keep_mask.clone()))
+    monkeypatch.setattr(Stage, "choose", note)
+    out = model(**inputs, keep_ratio=0.2)
+    handle.remove()
+    visual = (inputs["mm_token_type_ids"][0] == 2).nonzero()[:, 0]
+    hooks, cuts = [], cut_layers(layer, 4)
+    for number, block in enumerate(model.model.language_model.layers):
+        stage = sum(cut < number for cut in cuts)
+        if not stage:
+            continue
+        gone = visual[~chosen[stage - 1][0]]
+
+        def hide(module, args, kwargs, gone=gone):
+            length = args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+            mask[..., gone] = False
+            mask[..., gone, gone] = True  # a token of its own, that no other reads
+            return args, kwargs | {"attention_mask": mask}
+
+        hooks.append(block.register_forward_pre_hook(hide, with_kwargs=True))
+    hidden = model(**inputs, use_scheduler=False).logits
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(out.logits[0], hidden[0, out.keep_index[0]], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"evict_early_layers": True}, {"scheduler_layer": 1}])
+def test_a_pyramid_answers_by_lookup_and_again(fields):
+    """Layers that hold unlike numbers of tokens, of which candidates are taken back, and a second question."""
+    inputs, model = collate([ROWS[2]]), tiny_model(**{"scheduler_layer": 0, **fields})
+    use_scheduler(model, "pyramid")
+    options = {"keep_ratio": 0.2, "do_sample": False, "max_new_tokens": 9}
+    plain = model.generate(**inputs, **options, return_dict_in_generate=True)
+    assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), plain.sequences)
+    again = torch.cat([plain.sequences, torch.tensor([[70, 71, 72]])], dim=1)
+    with torch.no_grad():
+        cache = model(**inputs, keep_ratio=0.2, use_cache=True).past_key_values
+        new = again[:, inputs["input_ids"].shape[1] :]
+        ahead = model(input_ids=new, past_key_values=cache, attention_mask=torch.ones_like(again)).logits
+        cache = model(**inputs, keep_ratio=0.2, use_cache=True).past_key_values
+        steps = [model(input_ids=new[:, i : i + 1], past_key_values=cache).logits for i in range(new.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), ahead, atol=2e-5, rtol=1e-4)
+
+
+def test_a_pyramid_trains_and_is_loaded_again(tmp_path):
+    inputs, model = collate(three_rows(answers=True)), tiny_model(scheduler_layer=0)
+    use_scheduler(model, "pyramid")
+    model.train()
+    out = model(**inputs, keep_ratio=0.2)
+    assert out.keep_mask.sum(-1).tolist() == [round(0.2 * count) for count in (12, 28, 40)]
+    out.loss.backward()
+    decoder = model.model.language_model
+    for layer in decoder.layers:
+        assert layer.self_attn.q_proj.weight.grad.abs().max() > 0 and layer.mlp.down_proj.weight.grad.abs().max() > 0
+    assert model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, keep_ratio=0.2).lm_loss, out.lm_loss.detach())
+        expected = model(**inputs, keep_ratio=0.2).logits
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    use_scheduler(loaded, "pyramid")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs, keep_ratio=0.2).logits, expected)
+
+
+def test_a_pyramid_needs_the_scan_in_its_layers_anew():
+    model, inputs = tiny_model(), collate([ROWS[0]])
+    use_scheduler(model, "pyramid")
+    prefix = model.encode_scan(**inputs, reuse="select")
+    text = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
+    with pytest.raises(ValueError, match="cuts again"):
+        model.generate(**text, scan=prefix, keep_ratio=0.4, max_new_tokens=2)
 
 
 # === The resampler ===================================================================================================

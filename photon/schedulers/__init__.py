@@ -19,9 +19,9 @@ A method is one file with a subclass of `BudgetScheduler`, and one line that imp
 
 `score` is enough where tokens are kept or deleted. A method that merges tokens overrides `merge` too (see
 `visionzip.py`). One that is easier written for a single prompt subclasses `RowScheduler` (`rows.py`) and has one
-method, `choose`. What the seam does not offer, a method records itself, of the vision tower or of the layers below
-the cut (`recorders.py`). Any other `torch.nn.Module` that returns a `Schedule` is given to the model by
-`model.set_scheduler(module)`.
+method, `choose`. One that cuts again further up overrides `later` (`pyramid.py`). What the seam does not offer, a
+method records itself, of the vision tower or of the layers below the cut (`recorders.py`). Any other
+`torch.nn.Module` that returns a `Schedule` is given to the model by `model.set_scheduler(module)`.
 """
 
 # an import registers the method of its file
@@ -41,6 +41,7 @@ from photon.schedulers.omniv import OmniVScheduler
 from photon.schedulers.perceiver import PerceiverScheduler
 from photon.schedulers.pooling import PoolingScheduler
 from photon.schedulers.prumerge import PruMergeScheduler
+from photon.schedulers.pyramid import PyramidScheduler
 from photon.schedulers.random import RandomScheduler
 from photon.schedulers.sparsevlm import SparseVLMScheduler
 from photon.schedulers.stride import StrideScheduler
@@ -65,7 +66,9 @@ def use_scheduler(model, name, **settings):
             f"{name} reads decoder layers below the cut, but the model cuts after layer {layer} (scheduler_layer); "
             f"expected {method.lowest_layer} or more."
         )
-    scheduler = method(model.model.language_model.scheduler, **settings)
+    before = model.model.language_model.scheduler
+    own = before.reference if isinstance(before, BudgetScheduler) else before  # one method does not count by another
+    scheduler = method(own, **settings)
     return model.set_scheduler(scheduler.to(model.device).train(model.training))
 
 

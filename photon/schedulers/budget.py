@@ -62,7 +62,13 @@ class BudgetScheduler(nn.Module):
         keep_mask, hidden_states = self.decide(inputs, count)
         if self.training:
             schedule = replace(schedule, keep_prob=keep_mask + nothing)
-        return replace(schedule, keep_mask=keep_mask, hidden_states=hidden_states)
+        later = self.later(inputs, count)
+        return replace(schedule, keep_mask=keep_mask, hidden_states=hidden_states, later=later)
+
+    @property
+    def config(self):
+        """The model's `PhotonConfig`."""
+        return self.reference.config
 
     def train(self, mode=True):
         """The reference only counts here: it neither draws gates nor follows the budget."""
@@ -90,3 +96,7 @@ class BudgetScheduler(nn.Module):
     def merge(self, inputs, keep_mask):
         """(B, V, D): what tokens carry on above the cut, or `None` to leave them as they are."""
         return None
+
+    def later(self, inputs, count):
+        """{layer: what cuts again after it}, see `pyramid.py`."""
+        return {}
