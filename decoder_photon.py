@@ -1,4 +1,4 @@
-"""Photon's decoder: Qwen2.5-VL's, with one cut.
+"""Photon's decoder: Qwen2.5-VL's, with a cut.
 
 - `CutDecoder`: the loop over a decoder's layers that scores, cuts, and goes on with the short sequence. It knows
   nothing of Qwen2.5-VL; a decoder of another family mixes it in and gives it a scoring layer;
@@ -49,12 +49,12 @@ if "past_key_values" not in inspect.signature(Qwen2_5_VLTextModel.forward).param
 
 
 class CutDecoder(CutLearning):
-    """Runs a decoder's layers with one cut among them. Mixed into a text model of transformers.
+    """Runs a decoder's layers with a cut among them. Mixed into a text model of transformers.
 
     It uses the model's `config`, `layers`, `rotary_emb(states, position_ids)`, and
     - `photon`: the `PhotonConfig`, whose `scheduler_layer` is the last layer on the whole sequence;
-    - `scheduler`: maps `SchedulerInputs` to a `Schedule`; `scheduler_phase`: "dense", "soft" or "hard", and
-      `keep_budget`, in training;
+    - `scheduler`: maps `SchedulerInputs` to a `Schedule`, which may name further cuts; in training
+      `scheduler_phase`, "dense", "soft" or "hard", and `keep_budget`;
     - `layers[scoring_layer]`: also takes `score=` and `score_only=`, as `PhotonDecoderLayer` does.
     """
 
@@ -360,7 +360,7 @@ class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):
 
 
 class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
-    """Qwen2.5-VL's decoder with one cut."""
+    """Qwen2.5-VL's decoder with a cut."""
 
     config_class = Qwen2_5_VLTextModel.config_class
     input_modalities = ("text",)

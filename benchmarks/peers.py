@@ -3,6 +3,8 @@
     python benchmarks/peers.py                                  # smoke: the tiny model on a few phantoms, two minutes
     python benchmarks/peers.py --preset full --dense DIR --trained DIR --data test.jsonl --rows 400
 
+    python benchmarks/peers.py --preset full ... --methods random fastv --tasks presence side    # a part of it
+
 --dense is a model that was trained on all tokens: methods that need no training choose among its tokens. --trained is
 ours, trained with the cut. --peer NAME=DIR adds a model that `train_hf.py --scheduler NAME` has trained. Answers go to
 --output as they come, and the same command goes on where it was stopped. A scan is read and encoded once for all
@@ -11,13 +13,16 @@ methods of a model. At the end --json gets the figures, --page the table between
 
 import json
 import random
+from collections import Counter
 from contextlib import ExitStack
+from datetime import date
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from cost.timing import CLOCKS, Clock
 
-from common import ROOT, arguments, report
+from common import ROOT, arguments, device_name, report
 from peers_arms import arms_of
 from peers_report import figures, plot, write_page
 from peers_run import run_model
@@ -26,6 +31,7 @@ from photon.evaluation.run import fingerprint
 from photon.loading import load_config
 from photon.phantoms.dataset import DataConfig, write_data_set
 from photon.run_folder import RunError, open_run
+from photon.schedulers import SCHEDULERS
 
 FILE = "answers.jsonl"
 FEW = 4  # questions of a patient: more patients make narrower intervals than more questions
@@ -36,18 +42,26 @@ PRESETS = {
 SEED = 2026  # of patients that are made now: not those of the tiny model's training
 
 
-def questions(file, count, seed=0):
-    """`count` rows of a file, at most `FEW` of a patient, with the paths of label maps; drawn by the seed."""
+def questions(file, count, tasks=None, seed=0):
+    """`count` rows of a file, with the paths of label maps: at most `FEW` of a patient, on the same scans, and of all
+    tasks as evenly as patients have them; drawn by the seed."""
     rows, few = load_benchmark("jsonl", file), max(1, min(FEW, count // 2))  # of two patients at least
+    rows = [row for row in rows if tasks is None or row["task"] in tasks]
     extra = {}
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         paths = {n: [str(Path(file).parent / p) for p in record.get(n) or ()] for n in ("labels", "lesions")}
         extra[record["id"]] = paths | {"evidence": record.get("evidence")}
-    patients = {}
+    patients, chosen, taken = {}, [], Counter()
     for row in random.Random(seed).sample(rows, len(rows)):
         patients.setdefault(row["patient"], []).append(row)
-    chosen = [row for asked in patients.values() for row in asked[:few]][:count]
+    for asked in patients.values():
+        for _ in range(min(few, count - len(chosen))):
+            row = min(asked, key=lambda row: taken[row["task"]], default=None)
+            if row is not None:
+                asked = [other for other in asked if other["volumes"] == row["volumes"] and other is not row]
+                taken[row["task"]] += 1
+                chosen.append(row)
     known = [row | extra[row["id"]] for row in chosen if row["id"] in extra]
     if len(known) < len(chosen):
         raise RunError("--data has rows without an id; expected the form of python -m photon.phantoms.")
@@ -73,11 +87,15 @@ def main():
         data={"metavar": "FILE", "help": "questions of python -m photon.phantoms, .jsonl; default: made"},
         rows={"type": int, "help": "how many questions"},
         shares={"type": float, "nargs": "+", "metavar": "SHARE", "help": "of the visual tokens, for both budgets"},
+        methods={"nargs": "+", "metavar": "NAME", "help": "leave out others than these (a model's own stays)"},
+        tasks={"nargs": "+", "metavar": "TASK", "help": "leave out questions of other tasks"},
         output={"type": Path, "metavar": "FOLDER", "help": "answers as they come; default outputs/peers-PRESET"},
         cache_dir={"metavar": "FOLDER", "help": "keep preprocessed scans in this folder"},
         resamples={"type": int, "default": 2000, "help": "draws of patients for intervals"},
+        clock={"choices": [*CLOCKS], "default": "wall", "help": "processor: on a CPU that others use too"},
         report={"action": "store_true", "help": "ask nothing more: figures of the questions that all have answered"},
         page={"type": Path, "metavar": "FILE", "help": "write the table between its marks in this page"},
+        table={"default": "peers", "metavar": "NAME", "help": "of the marks in --page"},
         plot={"type": Path, "metavar": "PNG", "help": "draw accuracy against layer-averaged tokens"},
     )
     preset = PRESETS[options.preset]
@@ -88,10 +106,14 @@ def main():
         made, *_ = write_data_set(output / "data", patients, DataConfig(seed=SEED, val=0, test=0))
         options.data = output / "data" / "rows.jsonl"
         options.data.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    rows = questions(options.data, options.rows or preset["rows"])
+    rows = questions(options.data, options.rows or preset["rows"], options.tasks)
     sources = {"dense": options.dense, "trained": options.trained, **dict(p.split("=", 1) for p in options.peer)}
     layers = load_config(options.dense).text_config.num_hidden_layers
-    arms = arms_of(preset["seeds"], layers, [*sources][2:], original=max(layers // 4 - 1, 0))
+    original, peers = max(layers // 4 - 1, 0), [*sources][2:]
+    unknown = set(options.methods or ()) | set(peers)
+    if unknown - set(SCHEDULERS):
+        raise RunError(f"There is no method {min(unknown - set(SCHEDULERS))!r}; known are {', '.join(SCHEDULERS)}.")
+    arms = arms_of(preset["seeds"], layers, peers, original, options.methods and {*options.methods, *peers})
     digests, files = {name: fingerprint(source, None) for name, source in sources.items()}, {}
     with ExitStack() as stack:
         runs = []
@@ -108,7 +130,8 @@ def main():
             done = finished(file)
             if not options.report:
                 stream = stack.enter_context(open(file, "a", encoding="utf-8"))
-                runs.append(run_model(name, source, mine, rows, shares, done, stream, options.cache_dir))
+                clock = Clock(torch.device("cpu"), options.clock)
+                runs.append(run_model(name, source, mine, rows, shares, done, stream, options.cache_dir, clock))
         for _ in zip_longest(*runs):
             pass
     texts = [file.read_text(encoding="utf-8") for file in files.values() if file.is_file()]
@@ -118,10 +141,11 @@ def main():
     if len({row["patient"] for row in rows}) < 2:
         raise RunError("All models have answered about fewer than two patients yet; leave --report out to go on.")
     table, facts = figures(lines, rows, shares, options.resamples)
-    facts |= {"models": digests}
+    facts |= {"models": digests, "clock": options.clock}
     report(torch.device("cpu"), table, {}, options.json, **facts)
     if options.page:
-        write_page(options.page, table, facts, shares)
+        facts |= {"date": date.today().isoformat(), "device": device_name(torch.device("cpu"))}
+        write_page(options.page, table, facts, shares, options.table)
     if options.plot:
         plot(options.plot, table)
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from peers_arms import ALL, OURS, layer_average, share_at
+from peers_arms import ALL, GROUPS, OURS
 from photon.evaluation.resampling import Sums, interval
 
 ALPHA = 0.05
-BEGIN, END = "<!-- table of peers -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table of {} -->", "<!-- end of table -->"
 SECONDS = ("selection", "prefill", "decode")
-DRAWN = ("random", "grid", "divprune", "visionzip", "pooling")  # lines with a colour of their own, beside ours
+OWN_WEIGHTS = ("trained with", "on the weights of ours")  # in the names of lines with other weights than the dense
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c510a", "#606060", "#b2df8a")
 
 
 def collected(lines):
@@ -21,8 +22,10 @@ def collected(lines):
     for line in lines:
         for entry in line["arms"]:
             key = entry["arm"].partition(" #")[0], entry["share"]
-            column = columns.setdefault(key, {"layer": entry["layer"], "layers": entry["layers"], "by_id": {},
-                                              "seconds": dict.fromkeys(SECONDS, 0.0), "asked": 0})  # fmt: skip
+            if key not in columns:
+                columns[key] = {name: entry[name] for name in ("below", "layer_average")}
+                columns[key] |= {"by_id": {}, "seconds": dict.fromkeys(SECONDS, 0.0), "asked": 0}
+            column = columns[key]
             for name, result in zip(line["ids"], entry["results"], strict=True):
                 column["by_id"].setdefault(name, []).append(result)
             for name in SECONDS:
@@ -68,20 +71,16 @@ def figures(lines, rows, shares, resamples, seed=0):
         recall = [r[2] for r in results if r[2] is not None]
         return {
             "method": name, "axis": axis, "share": asked_for, "kept": float(np.mean([r[1] for r in results])),
-            "below": column["layer"] + 1, "layer_average": layer_average(share, column["layer"], column["layers"]),
+            "below": column["below"], "layer_average": column["layer_average"],
             "accuracy": float(whole[i]), **{n: interval(whole[i], drawn[:, i])[n] for n in ("low", "high")},
             "lesion_tokens_kept": float(np.mean(recall)) if recall else None,
             **{f"{n}_ms": 1e3 * column["seconds"][n] / column["asked"] for n in SECONDS},
         }  # fmt: skip
 
-    ours = next(columns[key] for key in keys if key[0] == OURS)
     table = [entry(name, share, "all" if share else "none", share) for name, share in keys if share in (0.0, 1.0)]
     for axis in ("kept", "layers"):
         for share in shares:
-            own = share
-            if axis == "layers" and ours["layer"] >= 0:
-                own = share_at(share, ours["layer"], ours["layers"])
-            block = []
+            block, own = [], _share_of(columns, OURS, axis, share)
             for name in dict.fromkeys(name for name, _ in keys):
                 found = _share_of(columns, name, axis, share)
                 if name != ALL and found is not None:
@@ -99,8 +98,8 @@ def _share_of(columns, name, axis, share):
     """The share that a method was run at for this budget, or `None`."""
     for (other, ran), column in columns.items():
         if other == name:
-            average = round(layer_average(ran, column["layer"], column["layers"]), 4)
-            if (ran if axis == "kept" else average) == round(share, 4) and not (axis == "kept" and ran == 0):
+            is_at = ran if axis == "kept" else round(column["layer_average"], 4)
+            if is_at == round(share, 4) and not (axis == "kept" and ran == 0):
                 return ran
     return None
 
@@ -147,7 +146,7 @@ def page_table(table, facts, shares):
         found = {(line["method"], line["share"]): line for line in table if line["axis"] == axis}
         if axis == "layers":  # those that cut before the first layer keep as many on average as above
             names = list(dict.fromkeys(name for (name, _), line in found.items() if line["below"] or name == OURS))
-        more = ("lesion tokens kept at 10 %", "selection, ms a question at 10 %") if axis == "kept" else ()
+        more = ("lesion tokens kept at 10 %", *(f"{name}, ms" for name in SECONDS)) if axis == "kept" else ()
         text += [
             "",
             f"{title}:",
@@ -159,59 +158,78 @@ def page_table(table, facts, shares):
             cells = [_cell(found.get((name, share))) for share in shares]
             if more:
                 tenth = found.get((name, 0.1)) or {}
-                recall, spent = tenth.get("lesion_tokens_kept"), tenth.get("selection_ms")
-                cells += ["" if recall is None else f"{100 * recall:.0f} %", "" if spent is None else f"{spent:.1f}"]
+                recall, spent = tenth.get("lesion_tokens_kept"), [tenth.get(f"{part}_ms") for part in SECONDS]
+                cells.append("" if recall is None else f"{100 * recall:.0f} %")
+                cells += ["" if value is None else f"{value:.1f}" for value in spent]
             text.append(f"| {name} | {' | '.join(cells)} |")
-    text += ["", "Seconds a scan, for all its questions:", ""]
+    measured = f"{facts['clock']} clock, {facts['date']}, {facts['device']}"
+    text += ["", f"Milliseconds are a question's, at 10 % ({measured}). Seconds a scan, for all its questions:", ""]
     for name, parts in facts["seconds_a_scan"].items():
         text.append(f"- {name}: " + ", ".join(f"{part} {value:.3f}" for part, value in parts.items()))
     return "\n".join(text) + "\n"
 
 
-def write_page(page, table, facts, shares):
-    """Puts the tables between the marks of a page."""
-    text = Path(page).read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"--page has no lines {BEGIN} and {END}, between which the table goes.")
-    new = f"{BEGIN}\n{page_table(table, facts, shares)}{END}"
-    text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: new, text, flags=re.S)
+def write_page(page, table, facts, shares, name):
+    """Puts the tables between the marks of this name in a page."""
+    text, begin = Path(page).read_text(encoding="utf-8"), BEGIN.format(name)
+    if begin not in text or END not in text:
+        raise ValueError(f"--page has no lines {begin} and {END}, between which the table goes.")
+    new = f"{begin}\n{page_table(table, facts, shares)}{END}"
+    text = re.sub(re.escape(begin) + ".*?" + re.escape(END), lambda _: new, text, flags=re.S)
     Path(page).write_text(text, encoding="utf-8")
 
 
+def panels(names):
+    """{title: names of lines}: methods on the dense model by `GROUPS`, then those with weights of their own."""
+    found = {title: [] for title in (*GROUPS, "other weights")}
+    for name in names:
+        method = name.partition(",")[0]
+        own = any(mark in name for mark in OWN_WEIGHTS)
+        title = next((title for title, some in GROUPS.items() if method in some and not own), "other weights")
+        found[title].append(name)
+    return {title: some for title, some in found.items() if some}
+
+
 def plot(path, table):
-    """Accuracy against layer-averaged tokens: a line for each method, with intervals of ours and of a few."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axis = figure.add_subplot()
+    """Accuracy against layer-averaged tokens with intervals: a panel for each group, a line for each method, and ours
+    and all tokens in every panel."""
     points = {}
     for line in table:
-        points.setdefault(line["method"], {})[round(line["layer_average"], 4)] = line
-    colours = iter(("#4cc9f0", "#2a9d8f", "#7b2cbf", "#e76f51", "#606060"))
-    for name, by_share in points.items():
-        at = sorted(by_share)
-        value, low, high = ([100 * by_share[share][n] for share in at] for n in ("accuracy", "low", "high"))
-        percent = [100 * share for share in at]
-        if name == ALL:
-            axis.axhline(value[0], color="0.3", linestyle=":", label=f"{name} (trained dense)")
-        elif name == OURS:
-            axis.errorbar(
-                percent, value, _sides(value, low, high), color="#c1121f", linewidth=2.5, capsize=3, label=name
-            )
-        elif name in DRAWN:
-            colour = next(colours)
-            axis.errorbar(percent, value, _sides(value, low, high), color=colour, capsize=2, label=name)
-        else:
-            axis.plot(percent, value, color="0.75", linewidth=1, zorder=1)
-            axis.annotate(name, (percent[0], value[0]), fontsize=6, color="0.45", ha="right", xytext=(-3, -2),
-                          textcoords="offset points")  # fmt: skip
-    axis.set_xscale("log")
-    ticks = [3, 5, 10, 20, 30, 50, 100]
-    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
-    axis.minorticks_off()
-    axis.set(xlabel="visual tokens, mean over the decoder's layers", ylabel="questions answered right, %")
-    axis.legend(fontsize=8, loc="lower right")
+        name = "withdraw, after each layer" if line["method"].startswith("withdraw") else line["method"]
+        points.setdefault(name, {})[round(line["layer_average"], 4)] = line
+    groups = panels(name for name in points if name not in (ALL, OURS))
+    columns = min(3, len(groups))
+    figure = Figure(figsize=(5 * columns, 4.2 * -(-len(groups) // columns)), layout="constrained")
+    axes = [*figure.subplots(-(-len(groups) // columns), columns, sharex=True, sharey=True, squeeze=False).flat]
+    for axis, (title, names) in zip(axes, groups.items(), strict=False):
+        shift = 0.94 ** (len(names) / 2)  # bars of one budget stand side by side
+        for name, colour in zip(names, COLOURS, strict=False):
+            _line(axis, name, points[name], colour, shift, linewidth=1.2, elinewidth=0.8)
+            shift /= 0.94
+        _line(axis, OURS, points[OURS], "#c1121f", 1.0, linewidth=2.5, zorder=3)
+        if ALL in points:
+            (whole,) = points[ALL].values()
+            axis.axhline(100 * whole["accuracy"], color="0.3", linestyle=":", label=f"{ALL} (trained dense)")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, 100)  # room for the legend
+        axis.set_xscale("log")
+        ticks = [3, 5, 10, 20, 30, 50, 100]
+        axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+        axis.minorticks_off()
+        axis.tick_params(labelbottom=True)
+        axis.legend(fontsize=7, loc="lower right")
+    for axis in axes[len(groups) :]:
+        axis.set_visible(False)
+    figure.supxlabel("visual tokens, mean over the decoder's layers")
+    figure.supylabel("questions answered right, %")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
-def _sides(value, low, high):
-    return [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]
+def _line(axis, name, at_shares, colour, shift, **style):
+    shares = sorted(at_shares)
+    value, low, high = ([100 * at_shares[share][n] for share in shares] for n in ("accuracy", "low", "high"))
+    sides = [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]
+    axis.errorbar(
+        [100 * share * shift for share in shares], value, sides, color=colour, capsize=2, label=name, **style
+    )

@@ -1,15 +1,14 @@
 """Runs the arms of `peers.py` on questions: answers, what was kept, and seconds, as lines of JSON."""
 
 import json
-import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from cost.timing import FirstToken
 from tqdm import tqdm
-from transformers import StoppingCriteria
 
-from peers_arms import shares_of
+from peers_arms import layer_average, shares_of
 from photon.configuration_photon import PhotonConfig
 from photon.evaluation.dealing import grouped
 from photon.evaluation.encoded_scans import EncodedScans
@@ -54,23 +53,13 @@ class Everything(BudgetScheduler):
 class TimedModel(VolumeModel):
     """Notes the seconds of the vision tower."""
 
-    vision = 0.0
+    vision, clock = 0.0, None
 
     def encode(self, scan):
-        start = time.perf_counter()
+        start = self.clock()
         encoded = super().encode(scan)
-        self.vision += time.perf_counter() - start
+        self.vision += self.clock() - start
         return encoded
-
-
-class Clock(StoppingCriteria):
-    """Never stops generation; notes when the first token was there."""
-
-    first = None
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.first = self.first or time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass
@@ -84,17 +73,22 @@ class Place:
     methods: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source, layer, cache_dir):
+    def of(cls, source, layer, cache_dir, clock):
         settings = load_config(source).to_dict()
         config = PhotonConfig.from_dict(settings if layer is None else settings | {"scheduler_layer": layer})
         model = load_model(source, config=config, dtype=torch.float32).eval()
         own = model.model.language_model.scheduler
         reader = TimedModel(load_processor(source), model, LONGEST, cache_dir=cache_dir)
+        reader.clock = clock
         return cls(reader, source, own, Everything(own).eval())
 
     @property
     def model(self):
         return self.reader.model
+
+    @property
+    def clock(self):
+        return self.reader.clock
 
     @property
     def layer(self):
@@ -114,32 +108,32 @@ class Place:
     def inputs(self, rows, scans):
         """The model's inputs of questions on the same scans, and the seconds of what they share of the decoder."""
         self.model.set_scheduler(self.everything)
-        start = time.perf_counter()
+        start = self.clock()
         inputs = self.reader.inputs([prompt(row, scans, self.reader.part) for row in rows], scans)
-        return inputs, time.perf_counter() - start
+        return inputs, self.clock() - start
 
     @torch.inference_mode()
     def answers(self, arm, inputs, share):
         """Texts, keep masks (B, V) or `None` where all is kept, and seconds of selection, prefill and decode."""
-        scheduler, clock, spent = self.set_method(arm), Clock(), []
+        scheduler, first, spent = self.set_method(arm), FirstToken(self.clock), []
         hooks = [
-            scheduler.register_forward_pre_hook(lambda *_: spent.append(-time.perf_counter())),
-            scheduler.register_forward_hook(lambda *_: spent.append(time.perf_counter())),
+            scheduler.register_forward_pre_hook(lambda *_: spent.append(-self.clock())),
+            scheduler.register_forward_hook(lambda *_: spent.append(self.clock())),
         ]
         options = {"use_scheduler": False} if arm.whole else {"keep_ratio": share}
-        start = time.perf_counter()
+        start = self.clock()
         output = self.model.generate(
             **inputs, **options, max_new_tokens=LONGEST, do_sample=False, return_dict_in_generate=True,
-            stopping_criteria=[clock],
+            stopping_criteria=[first],
         )  # fmt: skip
-        end, selection = time.perf_counter(), sum(spent)
+        end, selection = self.clock(), sum(spent)
         for hook in hooks:
             hook.remove()
         texts = self.reader.processor.batch_decode(
             output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         cut = output.past_key_values.cut
-        seconds = {"selection": selection, "prefill": clock.first - start - selection, "decode": end - clock.first}
+        seconds = {"selection": selection, "prefill": first.at - start - selection, "decode": end - first.at}
         return texts, None if cut is None else cut.keep_mask, seconds
 
 
@@ -163,13 +157,14 @@ def measured(row, text, mask, lesions, tokens):
     return [right, int(mask.sum()) / tokens, recall]
 
 
-def run_model(name, source, arms, rows, shares, done, file, cache_dir):
+def run_model(name, source, arms, rows, shares, done, file, cache_dir, clock):
     """Answers all rows with all arms of one model; writes a line for the questions on each scan or pair of scans, and
     yields after each, so that models take turns.
 
-    Args: rows: of `load_benchmark`, with the label maps' paths; done: first ids of lines that are there.
+    Args: rows: of `load_benchmark`, with the label maps' paths; done: first ids of lines that are there; clock: gives
+        seconds.
     """
-    places = {layer: Place.of(source, layer, cache_dir) for layer in dict.fromkeys(arm.layer for arm in arms)}
+    places = {layer: Place.of(source, layer, cache_dir, clock) for layer in dict.fromkeys(arm.layer for arm in arms)}
     first = next(iter(places.values()))
     layers = first.model.config.text_config.num_hidden_layers
     labels = TokenLabels(first.reader.processor.image_processor, CLASSES)
@@ -191,7 +186,8 @@ def run_model(name, source, arms, rows, shares, done, file, cache_dir):
                 texts, masks, seconds = place.answers(arm, inputs[arm.layer], share)
                 masks = [None] * len(asked) if masks is None else masks
                 results = [measured(*parts) for parts in zip(asked, texts, masks, lesions, tokens, strict=True)]
-                entry = {"arm": arm.name, "share": share, "layer": place.layer, "layers": layers}
+                average = layer_average(share, place.layer, layers, arm.method)
+                entry = {"arm": arm.name, "share": share, "below": place.layer + 1, "layer_average": average}
                 line["arms"].append(entry | {"results": results, "seconds": seconds})
         file.write(json.dumps(line) + "\n")
         file.flush()

@@ -71,6 +71,11 @@ def test_averages_over_layers(modules):
     assert arms.layer_average(0.2, -1, 4) == 0.2
     assert arms.layer_average(0.2, 1, 4) == pytest.approx((1 + 1 + 0.2 + 0.2) / 4)
     assert arms.share_at(0.6, 1, 4) == pytest.approx(0.2) and arms.share_at(0.5, 1, 4) is None
+    # cuts after layers 0, 1 and 2 of 4, to 50, 25 and 12.5 %
+    assert arms.layer_average(0.125, 0, 4, "pyramid") == pytest.approx((1 + 0.5 + 0.25 + 0.125) / 4)
+    assert arms.layer_average(0.125, 7, 32, "pyramid") == pytest.approx(0.46875)  # as the paper
+    assert arms.share_at(0.46875, 7, 32, "pyramid") == pytest.approx(0.125)
+    assert arms.share_at(0.25, 0, 4, "pyramid") is None
     for arm in arms.arms_of(2, 4):
         layer = -1 if arm.layer is None else arm.layer
         for share in arms.shares_of(arm, layer, 4, (0.5, 0.1)):
@@ -94,7 +99,8 @@ def test_figures_by_hand(modules):
     right = {arms.OURS: [1, 1, 1, 1, 1, 0], "stride": [1, 0, 0, 0, 1, 0], "random #0": [1, 0, 0, 0, 0, 0],
              "random #1": [1, 1, 0, 0, 0, 0], arms.ALL: [1] * 6}  # fmt: skip
     entries = [
-        {"arm": name, "share": 1.0 if name == arms.ALL else 0.1, "layer": -1, "layers": 4,
+        {"arm": name, "share": 1.0 if name == arms.ALL else 0.1, "below": 0,
+         "layer_average": 1.0 if name == arms.ALL else 0.1,
          "results": [[r, 0.1, None if i else 0.5] for i, r in enumerate(some)],
          "seconds": {"selection": 0.6, "prefill": 1.2, "decode": 1.8}}
         for name, some in right.items()

@@ -4,10 +4,9 @@ Taken: raters are the question tokens that resemble the scan more than the mean 
 text of visual times text states, mean over the visual tokens); a visual token's score is the raters' attention to it,
 mean over heads; of the tokens that go, the 30 % with the highest scores are recycled: clustered (DPC-kNN) into a tenth
 as many and one, whose means stay. Different: the original prunes at three layers by fixed lists of counts (2, 6 and 15
-of 32), and Photon's decoder has one cut, so this is one stage at `scheduler_layer`; raters are found there and not at
-the input (which is the same at -1); attention is a softmax over the visual tokens alone; a cluster's mean counts in
-the budget, at most half of it, and stands at its centre's place and not at the block's end. SparseVLM+ (v2) leaves the
-recycling out.
+of 32), and this is one stage of it, at `scheduler_layer`; raters are found there and not at the input (which is the
+same at -1); attention is a softmax over the visual tokens alone; a cluster's mean counts in the budget, at most half
+of it, and stands at its centre's place and not at the block's end. SparseVLM+ (v2) leaves the recycling out.
 """
 
 import torch

@@ -4,9 +4,9 @@ reads.
 Taken: token transition variation, for each attention and each MLP module the norm of its output by that of its input,
 times the softmax over the visual tokens of 1 - cosine of the two, added up over the last six layers below the cut
 (the original: layers 7 to 12) and normalised; plus the attention of all instruction tokens, mean over them and over
-heads, normalised likewise. Different: the original prunes at three layers to 87.5, 62.5 and 12.5 %, and Photon's
-decoder has one cut, so this is its form with a single stage at `scheduler_layer`; attention is that of the scheduling
-layer and not of the next one, and a softmax over the visual tokens alone.
+heads, normalised likewise. Different: the original prunes at three layers to 87.5, 62.5 and 12.5 %, and this is
+its form with a single stage, at `scheduler_layer`; attention is that of the scheduling layer and not of the next one,
+and a softmax over the visual tokens alone.
 """
 
 from photon.schedulers.recorders import record_transitions
