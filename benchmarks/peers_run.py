@@ -137,15 +137,19 @@ class Place:
         return texts, None if cut is None else cut.keep_mask, seconds
 
 
-def lesion_tokens(labels, row):
-    """(V,) bool: tokens of a row's scans that hold a lesion of the organs that it asks about; `None` where there are
-    none, or no label maps."""
-    if not row.get("lesions") or not row.get("evidence"):
-        return None
-    row = row | {"volumes": [scan if isinstance(scan, dict) else {"path": str(scan)} for scan in row["volumes"]]}
-    shares = torch.cat([labels(row, number) for number in range(len(row["volumes"]))])[:, :, 1]
-    found = (shares[..., row["evidence"]] > PRESENT).any(-1).any(-1)
-    return found if found.any() else None
+def lesion_tokens(labels, rows):
+    """For each of the rows on the same scans (V,) bool: tokens that hold a lesion of the organs that it asks about;
+    `None` where there are none, or no label maps."""
+    known = [row for row in rows if row.get("lesions") and row.get("evidence")]
+    if not known:
+        return [None] * len(rows)
+    scans = [scan if isinstance(scan, dict) else {"path": str(scan)} for scan in known[0]["volumes"]]
+    maps = [labels(known[0] | {"volumes": scans}, number) for number in range(len(scans))]
+    shares, found = torch.cat(maps)[:, :, 1], []
+    for row in rows:
+        lesion = (shares[..., row["evidence"]] > PRESENT).any(-1).any(-1) if row in known else torch.tensor(False)
+        found.append(lesion if lesion.any() else None)
+    return found
 
 
 def measured(row, text, mask, lesions, tokens):
@@ -167,7 +171,7 @@ def run_model(name, source, arms, rows, shares, done, file, cache_dir, clock):
     places = {layer: Place.of(source, layer, cache_dir, clock) for layer in dict.fromkeys(arm.layer for arm in arms)}
     first = next(iter(places.values()))
     layers = first.model.config.text_config.num_hidden_layers
-    labels = TokenLabels(first.reader.processor.image_processor, CLASSES)
+    labels = TokenLabels(first.reader.processor.image_processor, CLASSES, cache_dir)
     groups = {key: asked for key, asked in grouped(rows).items() if asked[0]["id"] not in done}
     scans = EncodedScans(first.reader, list(groups))
     for key, asked in tqdm(groups.items(), unit="scan", desc=name, disable=None):
@@ -175,7 +179,7 @@ def run_model(name, source, arms, rows, shares, done, file, cache_dir, clock):
         first.reader.vision = 0.0
         taken = scans.take(key)
         line = {"model": name, "ids": [row["id"] for row in asked], "seconds": {"vision": first.reader.vision}}
-        lesions, inputs = [lesion_tokens(labels, row) for row in asked], {}
+        lesions, inputs = lesion_tokens(labels, asked), {}
         for layer, place in places.items():
             inputs[layer], line["seconds"][f"below the cut, layer {place.layer}"] = place.inputs(asked, taken)
         tokens = (inputs[arms[0].layer]["input_ids"] == first.model.config.video_token_id).sum(-1).tolist()
