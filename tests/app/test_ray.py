@@ -30,6 +30,7 @@ def models():
 def backend(models):
     from photon.serving.ray_app import RayBackend, start_workers
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes workers wait for minutes on a busy machine
     handle = start_workers(str(ROOT), 2, 0, "cpu")
     yield RayBackend(handle, models[0].image_processor)
     ray.serve.shutdown()
