@@ -1,5 +1,6 @@
 """The blocks of docs/serving.md against a running server; the site builds, and loads nothing from elsewhere."""
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,15 @@ from conftest import ROOT  # noqa: E402
 from running import running  # noqa: E402
 
 TOKEN = "token-of-the-page-of-the-docs"
+FIGURES = {  # rows of docs/serving.md: fields of the JSON
+    "questions a second on one scan, one by one": "questions_a_second_one_by_one",
+    "the same from 16 clients at once, batched": "questions_a_second_batched",
+    "answers a second in the two minutes": "answers_a_second_under_load",
+    "seconds to an answer in them, median": "seconds_median",
+    "the same, 95 of 100 are faster": "seconds_95_percent",
+    "resident memory after a quarter of them, MiB": "memory_mib_first_quarter",
+    "the same at their end, MiB": "memory_mib_end",
+}
 
 
 def test_the_blocks_of_serving(tmp_path):
@@ -29,6 +39,17 @@ def test_the_blocks_of_serving(tmp_path):
         out = run(page, folder, with_quickstart=False, PHOTON_TOKENS=TOKEN)
     printed = re.search(r"It prints `(.*?)`", page)[1]
     assert out.strip() == printed
+
+
+def test_figures_under_load_are_the_measured_ones():
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    measured = json.loads((ROOT / "benchmarks" / "results" / "serving.json").read_text("utf-8"))
+    named = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \|$", page, re.M))
+    for name, key in FIGURES.items():
+        value = named.pop(name)
+        digits = len(value.partition(".")[2])
+        assert value == f"{measured[key]:.{digits}f}", name
+    assert not named and measured["date"] in page and measured["ratios"]["wrong_replies"] == 0
 
 
 def test_the_site(tmp_path):
