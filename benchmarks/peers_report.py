@@ -162,11 +162,26 @@ def page_table(table, facts, shares):
                 cells.append("" if recall is None else f"{100 * recall:.0f} %")
                 cells += ["" if value is None else f"{value:.1f}" for value in spent]
             text.append(f"| {name} | {' | '.join(cells)} |")
+        text += ["", f"By how many points ours is ahead of the nearest: {nearest(found.values())}."]
     measured = f"{facts['clock']} clock, {facts['date']}, {facts['device']}"
     text += ["", f"Milliseconds are a question's, at 10 % ({measured}). Seconds a scan, for all its questions:", ""]
     for name, parts in facts["seconds_a_scan"].items():
         text.append(f"- {name}: " + ", ".join(f"{part} {value:.3f}" for part, value in parts.items()))
     return "\n".join(text) + "\n"
+
+
+def nearest(lines):
+    """Text: for each share the other method that is right most often, and by how much ours is ahead, with interval."""
+    others = {}
+    for line in lines:
+        if line["ours_ahead"] is not None:
+            others.setdefault(line["share"], []).append(line)
+    found = {share: min(some, key=lambda line: line["ours_ahead"]) for share, some in others.items()}
+    return "; ".join(
+        f"at {100 * share:g} % {line['method']} by {100 * line['ours_ahead']:.1f} ({100 * line['ahead_low']:.1f} to "
+        f"{100 * line['ahead_high']:.1f})"
+        for share, line in found.items()
+    )  # fmt: skip
 
 
 def write_page(page, table, facts, shares, name):

@@ -123,3 +123,6 @@ def test_figures_by_hand(modules):
     both = [found[name]["p"] for name in ("stride", "random")]
     assert [found[name]["p_holm"] for name in ("stride", "random")] == report.holm(both)
     assert math.isclose(found["stride"]["layer_average"], 0.1)
+    line = found["stride"]
+    by = [f"{100 * line[name]:.1f}" for name in ("ours_ahead", "ahead_low", "ahead_high")]
+    assert report.nearest(found.values()) == f"at 10 % stride by {by[0]} ({by[1]} to {by[2]})"
