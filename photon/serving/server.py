@@ -27,7 +27,6 @@ from photon.serving.incoming import private_folder, read_incoming, read_place, s
 from photon.serving.metrics import Metrics
 
 MOST_JSON = 1 << 20  # bytes of a request without a file
-WATCH = 0.5  # seconds between looks whether the client is still there
 STATUS = {Busy: (429, "busy"), TimeoutError: (504, "timeout"), EngineError: (500, "engine_error"),
           ScanGone: (410, "scan_gone")}  # fmt: skip
 
@@ -210,15 +209,26 @@ def build_server(backend, tokens, limits, model="photon", folder=None, timeout=1
 
 
 async def unless_left(work, request):
-    """What `work` returns, `None` where the client hung up before; then the work is cancelled."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        await asyncio.wait([task], timeout=WATCH)
-        if not task.done() and await request.is_disconnected():
+    """What `work` returns, `None` where the client hung up before; then the work is cancelled at once.
+
+    The request's body must have been read: what the client sends after it is that it hangs up.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             task.cancel()
             await asyncio.wait([task])
             return None
-    return task.result()
+        return task.result()
+    finally:
+        gone.cancel()
+
+
+async def hung_up(request):
+    """Returns when the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def last_of(events):

@@ -346,7 +346,10 @@ def test_too_many_are_told(server, file_id):
 
 
 def test_a_client_that_hangs_up(server, raw, file_id):
-    """What nobody waits for is not answered: the queue behind it is empty soon, and the count tells."""
+    """What nobody waits for is not answered: the queue behind it is empty soon, and the count tells.
+
+    Most of those who leave are counted; the others' answers were complete at that moment.
+    """
 
     def left():
         return float(raw.get("/metrics").text.split("\nphoton_hung_up_total ")[1].split("\n")[0])
@@ -355,18 +358,21 @@ def test_a_client_that_hangs_up(server, raw, file_id):
 
     async def leave(client, number):
         try:
-            await client.post("/v1/chat/completions", json=body(file_id, keep_ratio=0.5 + number / 100), timeout=0.2)
-        except httpx.TimeoutException:
+            await client.post("/v1/chat/completions", json=body(file_id, keep_ratio=0.5 + number / 100), timeout=0.1)
+        except httpx.ReadTimeout:
+            return True
+        except httpx.TimeoutException:  # before it was sent
             return None
 
-    asyncio.run(many(server, 20, leave))
+    gone = asyncio.run(many(server, 40, leave)).count(True)
+    assert gone >= 10
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body(file_id, stream=True),
                       headers={"Authorization": f"Bearer {MINE}"}, timeout=60) as stream:  # fmt: skip
         next(stream.iter_bytes())  # and away
     end = time.monotonic() + 60
-    while left() < before + 5 and time.monotonic() < end:
+    while left() < before + gone / 2 and time.monotonic() < end:
         time.sleep(0.5)
-    assert left() >= before + 5
+    assert left() >= before + gone / 2
     assert raw.post("/v1/chat/completions", json=body(file_id)).status_code == 200
 
 
