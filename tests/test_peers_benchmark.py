@@ -25,13 +25,13 @@ def modules():
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def run(folder):
+def run(folder, *options):
     page = folder / "page.md"
     if not page.exists():
         page.write_text("Before\n\n<!-- table of peers -->\n<!-- end of table -->\n\nAfter\n", encoding="utf-8")
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "peers.py", "--output", folder / "run", "--json", folder / "peers.json",
-         "--page", page, "--plot", folder / "peers.png", "--resamples", "50"],
+         "--page", page, "--plot", folder / "peers.png", "--resamples", "50", *options],
         capture_output=True, encoding="utf-8", timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -64,6 +64,21 @@ def test_smoke_and_a_stopped_run(tmp_path):
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith("Before") and page.endswith("After\n") and "| divprune |" in page
     assert (tmp_path / "peers.png").stat().st_size > 10_000
+
+
+def test_a_part_of_it_with_a_model_of_a_method(tmp_path):
+    options = ("--methods", "stride", "--peer", f"random={ROOT}", "--tasks", "presence", "side", "--rows", "4")
+    result = run(tmp_path, *options, "--shares", "0.1", "--clock", "processor", "--table", "peers")
+    names = {row["method"] for row in result["rows"] if row["axis"] == "kept"}
+    lines = {"photon, trained", "photon's saliency, untrained", "photon's saliency, untrained, after layer 0"}
+    assert names == lines | {"stride", "random", "random, on the weights of ours", "random, trained with it"}
+    assert set(result["models"]) == {"dense", "trained", "random"} and result["clock"] == "processor"
+    rows = [json.loads(line) for line in (tmp_path / "run/data/rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    task_of = {row["id"]: row["task"] for row in rows}
+    lines = (tmp_path / "run/random/answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {task_of[i] for line in lines for i in json.loads(line)["ids"]} <= {"presence", "side"}
+    with pytest.raises(AssertionError, match="There is no method 'tea'; known are"):
+        run(tmp_path, "--methods", "tea")
 
 
 def test_averages_over_layers(modules):
