@@ -8,31 +8,29 @@
 
 import inspect
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 import transformers
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLDecoderLayer,
     Qwen2_5_VLPreTrainedModel,
     Qwen2_5_VLTextModel,
-    apply_rotary_pos_emb,
+    rotate_half,
 )
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_photon import PhotonConfig
-from .objectives_photon import CutLearning, other_tokens, packed_rows, padded_rows
+from .objectives_photon import CutLearning, PhotonModelOutputWithPast, other_tokens, packed_rows, padded_rows
 from .prefix_photon import Cut, PhotonCache, layout_of
-from .prompt_photon import real_places
+from .prompt_photon import real_places, recorded_outputs
 from .scheduling_photon import (
     Float32Linear,
     ScanRequest,
-    ScheduleFields,
     SchedulerInputs,
     TokenScheduler,
     gather_places,
@@ -76,7 +74,7 @@ class CutDecoder(CutLearning):
         """
         cut_layer, length = self.photon.scheduler_layer + 1, position_ids.shape[-1]
         embeddings = self.rotary_emb(hidden_states, position_ids[..., -hidden_states.shape[1] :])
-        below, above = range(cut_layer), range(cut_layer, len(self.layers))
+        below, above, scoring_layer = range(cut_layer), range(cut_layer, len(self.layers)), self.scoring_layer
         if prefix is not None:
             prefix.fill(past_key_values, below)
 
@@ -91,7 +89,7 @@ class CutDecoder(CutLearning):
         for i, layer in enumerate(self.layers):
             if i and keep_index is None and layout_of(past_key_values, i) is not layout_of(past_key_values, i - 1):
                 mask = self._mask(hidden_states, attention_mask, past_key_values, i)
-            if i != self.scoring_layer or (scan is None and prefix is None):
+            if i != scoring_layer or (scan is None and prefix is None):
                 with later[i].reading(layer) if i in later else nullcontext():
                     hidden_states = run(layer, hidden_states)
                 if i in later:  # cut again what is left of the scan
@@ -291,20 +289,6 @@ class CutDecoder(CutLearning):
 # === On Qwen2.5-VL ===================================================================================================
 
 
-@dataclass
-class PhotonModelOutputWithPast(ScheduleFields, BaseModelOutputWithPast):
-    """
-    `last_hidden_state` is (B, S', D), S' the longest row after the cut; B rows, V visual tokens of the richest row.
-    The fields of `ScheduleFields` tell what the scheduler decided.
-
-    Args:
-        keep_index (`torch.LongTensor` of shape `(B, S')`): place in the prompt of each place of the short sequence,
-            -1 for padding. `None` where nothing was cut.
-    """
-
-    keep_index: torch.LongTensor | None = None
-
-
 class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
     """Qwen2.5-VL's layer, which also gives the queries and keys by which tokens are scored.
 
@@ -322,26 +306,34 @@ class PhotonDecoderLayer(Qwen2_5_VLDecoderLayer):
         Returns: hidden states; with `score` also {name: queries (B, H, N, d) or keys (B, G, N, d)}; with `score_only`
             these alone.
         """
-        scores = None
-        if score is not None:
-            with torch.set_grad_enabled(self.score_gradient and torch.is_grad_enabled()):
-                scores = self.scores(hidden_states, position_embeddings, *score)
-            if score_only:
-                return scores
-        hidden_states = super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        return hidden_states if scores is None else (hidden_states, scores)
+        if score is None:
+            return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        states, found, attention = None, {}, self.self_attn
+        if not score_only:
+            with recorded_outputs(found, attention.q_proj, attention.k_proj):
+                states = super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        with torch.set_grad_enabled(self.score_gradient and torch.is_grad_enabled()):
+            scores = self.scores(hidden_states, position_embeddings, *score, found)
+        return scores if score_only else (states, scores)
 
-    def scores(self, hidden_states, position_embeddings, query_places, key_places):
-        """Queries and keys at the places asked for, after rotary embedding, by name."""
+    def scores(self, hidden_states, position_embeddings, query_places, key_places, found=None):
+        """Queries and keys at the places asked for, after rotary embedding, by name; found: {projection: its output}
+        where the layer has run."""
 
-        def project(linear, index):
-            normed = self.input_layernorm(gather_places(hidden_states, index))  # (B, N, D)
-            states = linear(normed).unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
-            rotary = (gather_places(part, index) for part in position_embeddings)
-            return apply_rotary_pos_emb(states, states, *rotary)[0]  # (B, heads, N, d)
+        def project(linear, places):
+            if not places:
+                return {}
+            index = torch.cat(list(places.values()), dim=1)  # (B, N)
+            if found:
+                states = gather_places(found[linear], index)
+            else:
+                states = linear(self.input_layernorm(gather_places(hidden_states, index)))  # (B, N, heads d)
+            states = states.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
+            cos, sin = (gather_places(part, index)[:, None] for part in position_embeddings)
+            parts = (states * cos + rotate_half(states) * sin).split([p.shape[1] for p in places.values()], dim=2)
+            return dict(zip(places, parts, strict=True))
 
-        queries = {name: project(self.self_attn.q_proj, index) for name, index in query_places.items()}
-        return queries | {name: project(self.self_attn.k_proj, index) for name, index in key_places.items()}
+        return project(self.self_attn.q_proj, query_places) | project(self.self_attn.k_proj, key_places)
 
 
 class PhotonPreTrainedModel(Qwen2_5_VLPreTrainedModel):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .scheduling_photon import ScheduleFields, SchedulerInputs, gather_places
@@ -30,6 +30,20 @@ from .scheduling_photon import ScheduleFields, SchedulerInputs, gather_places
 # === Losses ==========================================================================================================
 
 TOKENS_AT_ONCE = 128  # whose logits are held at a time
+
+
+@dataclass
+class PhotonModelOutputWithPast(ScheduleFields, BaseModelOutputWithPast):
+    """
+    `last_hidden_state` is (B, S', D), S' the longest row after the cut; B rows, V visual tokens of the richest row.
+    The fields of `ScheduleFields` tell what the scheduler decided.
+
+    Args:
+        keep_index (`torch.LongTensor` of shape `(B, S')`): place in the prompt of each place of the short sequence,
+            -1 for padding. `None` where nothing was cut.
+    """
+
+    keep_index: torch.LongTensor | None = None
 
 
 @dataclass

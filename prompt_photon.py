@@ -417,3 +417,16 @@ def record_attention(recorded, visual, grids, block=None, names=("vision_attenti
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def recorded_outputs(recorded, *modules):
+    """A context in which `recorded` gets {module: its last output}."""
+
+    def record(module, _, output):
+        recorded[module] = output
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(record).remove)
+        yield

@@ -216,28 +216,23 @@ def saliency_statistics(saliency, logits, visual):
     Of the saliency: mean, population std, min, max, 25 % quantile, median; of its logits: mean, std, min, max; of
     sign(u) log(1 + |u|): mean, max. A row without visual tokens gives zeros.
     """
-    count = visual.sum(-1).clamp(min=1)
-
-    def mean(x):
-        return (x * visual).sum(-1) / count
-
-    def std(x):
-        return mean((x - mean(x)[:, None]) ** 2).clamp(min=NOTHING).sqrt()  # a slope of 0, not of inf, at 0
-
-    def low(x):
-        return x.masked_fill(~visual, torch.inf).amin(-1)
-
-    def high(x):
-        return x.masked_fill(~visual, -torch.inf).amax(-1)
-
-    quantiles = saliency.masked_fill(~visual, torch.nan).nanquantile(saliency.new_tensor([0.25, 0.5]), dim=-1)
-    squashed = logits.sign() * logits.abs().log1p()
+    count = visual.sum(-1, keepdim=True).clamp(min=1)
+    values = torch.stack([saliency, logits, logits.sign() * logits.abs().log1p()])  # (3, B, V): reduced together
+    mean = (values * visual).sum(-1, keepdim=True) / count
+    variance = ((values - mean) ** 2 * visual).sum(-1, keepdim=True) / count
+    deviation = variance.clamp(min=NOTHING).sqrt()  # a slope of 0, not of inf, at 0
+    low = values.masked_fill(~visual, torch.inf).amin(-1, keepdim=True)
+    high = values.masked_fill(~visual, -torch.inf).amax(-1, keepdim=True)
+    ordered = saliency.masked_fill(~visual, torch.inf).sort(dim=-1).values
+    rank = saliency.new_tensor([0.25, 0.5]) * (count - 1)  # (B, 2), between two places
+    below, above = (ordered.gather(-1, end.long()) for end in (rank.floor(), rank.ceil()))
+    quantiles = below.lerp(above, rank - rank.floor())
     statistics = [
-        mean(saliency), std(saliency), low(saliency), high(saliency), *quantiles,
-        mean(logits), std(logits), low(logits), high(logits),
-        mean(squashed), high(squashed),
+        mean[0], deviation[0], low[0], high[0], quantiles,
+        mean[1], deviation[1], low[1], high[1],
+        mean[2], high[2],
     ]  # fmt: skip
-    return torch.stack(statistics, dim=-1).masked_fill(~visual.any(-1, keepdim=True), 0.0)
+    return torch.cat(statistics, dim=-1).masked_fill(~visual.any(-1, keepdim=True), 0.0)
 
 
 class Float32Linear(nn.Linear):
@@ -429,10 +424,13 @@ def padded_places(mask):
 
 def gather_places(tensor, index):
     """tensor (B, S, ...) at index (B, S'), zeros where the index is -1. Returns (B, S', ...)."""
-    index, trailing = index.to(tensor.device), tensor.shape[2:]
-    shape = (*index.shape, *(1 for _ in trailing))
-    places = index.clamp(min=0).view(shape).expand(*index.shape, *trailing)
-    return tensor.gather(1, places) * (index >= 0).view(shape).to(tensor.dtype)
+    index, length = index.to(tensor.device), tensor.shape[1]
+    rows, places = torch.arange(len(index), device=index.device)[:, None], index.clamp(min=0)
+    if tensor.is_contiguous():  # whole rows are copied, which takes a tenth of the time of `gather`
+        gathered = tensor.flatten(0, 1).index_select(0, (places + rows * length).flatten()).unflatten(0, index.shape)
+    else:
+        gathered = tensor[rows, places]
+    return gathered * (index >= 0).view(*index.shape, *(1 for _ in tensor.shape[2:]))
 
 
 def keep_counts(visual_count, token_budget, keep_ratio):

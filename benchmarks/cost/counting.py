@@ -116,9 +116,11 @@ class Work:
         return Operations(2 * self.text.hidden_size * self.text.vocab_size * places)
 
     def score(self, prompt, visual_keys=True):
-        """Queries and keys of the question, keys of the scan unless these are there, saliency, threshold."""
+        """Saliency and threshold; with the cut before layer 0, whose queries and keys no layer has made, these of the
+        question too, and keys of the scan unless they are there."""
         hidden, question = self.text.hidden_size, prompt.question
         projected = question * (self.queries + self.keys) + (prompt.visual * self.keys if visual_keys else 0)
+        projected = 0 if self.below else projected
         compared = self.queries * (question**2 + question) + self.keys * prompt.visual
         return Operations(2 * (hidden * projected + compared + (STATISTICS + 1) * self.threshold_width))
 
