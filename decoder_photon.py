@@ -120,14 +120,15 @@ class CutDecoder(CutLearning):
                     raise ValueError('The scheduler merges tokens or cuts again, unlike reuse="select". Use "exact".')
                 hidden_states, gate = self._weigh(hidden_states, scan, schedule)
             if scan is not None and self._phase == "hard":
-                stay, later = stays(scan.visual_mask, schedule.keep_mask, scan.real), schedule.later
+                places, later = (scan.visual_index, scan.visual), schedule.later
+                stay = stays(scan.visual_mask, schedule.keep_mask, scan.real, places)
                 keep_index = fresh = padded_places(stay)  # (B, S')
                 if prefix is not None:
                     held, fresh = prefix.held_and_fresh(stay)
                     keep_index = torch.cat([held, fresh], dim=1)
                     prefix.fill(past_key_values, above, held if prefix.reuse == "select" else None)
                 hidden_states, gate = self._gather(hidden_states, scan, schedule, fresh, gate)  # (B, S', D)
-                position_ids = torch.stack([gather_places(axis, fresh) for axis in position_ids])
+                position_ids = gather_places(position_ids.permute(1, 2, 0), fresh).permute(2, 0, 1)  # (3, B, S')
                 if past_key_values is not None:
                     self._cut_cache(past_key_values, keep_index, length, schedule)
                 packed = past_key_values is None and not later and self._packs(keep_index)

@@ -91,7 +91,8 @@ def _last_user_turn(ids, opening, vision_end, im_end):
     """
     starts = []
     if None not in opening:  # after <|im_start|>, the role word, a line break
-        starts = [i + 3 for i in range(len(ids) - 1) if (ids[i], ids[i + 1]) == opening]
+        mark, role = opening
+        starts = [i + 3 for i, token in enumerate(ids[:-1]) if token == mark and ids[i + 1] == role]
     if not starts:
         starts = [i + 1 for i, token in enumerate(ids) if token == vision_end]
     begin = starts[-1] if starts else len(ids)

@@ -400,13 +400,13 @@ def masked_index(mask):
     return order * real, real
 
 
-def stays(visual_mask, keep, real):
+def stays(visual_mask, keep, real, places=None):
     """(B, S) bool: which places of the sequence stay.
 
     Args: visual_mask (B, S) bool, places of visual tokens; keep (B, V) bool, V as `masked_index(visual_mask)` counts;
-        real (B, S) bool, places that are not padding.
+        real (B, S) bool, places that are not padding; places: `masked_index(visual_mask)`, if it is at hand.
     """
-    index, visual = masked_index(visual_mask)
+    index, visual = places or masked_index(visual_mask)
     kept = torch.zeros_like(visual_mask, dtype=torch.int32).scatter_add(1, index, (keep & visual).int()) > 0
     return real & (kept | ~visual_mask)
 

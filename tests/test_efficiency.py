@@ -18,7 +18,8 @@ SCHEDULER = {
 }  # fmt: skip
 TINY = {
     "config": SETTINGS["config"] | SCHEDULER, "volume": SETTINGS["volume"], "lead": 6, "rest": 9, "question": 3,
-    "learned": 3, "rank": 2, "repeats": 1, "few": 1, "growth": (8, 16, 32), "measured": 16, "patches": 32,
+    "learned": 3, "rank": 2, "repeats": 1, "few": 1, "growth": (8, 16, 32), "measured": 8, "prefilled": 16,
+    "patches": 32,
 }  # fmt: skip
 EXACTLY = 0.005  # rotary phases are products of matrices too, and are not counted
 
@@ -146,7 +147,8 @@ def test_table_and_ratios(tmp_path, monkeypatch, capsys):
     assert rows["dense x16"]["GFLOP"] == pytest.approx(16 * rows["dense"]["GFLOP"])
     assert all(row["reached"] == pytest.approx(row["faster"] / row["bound"]) for row in rows.values())
     assert [row["tokens"] for row in result["growth"]] == [8, 16, 32]
-    assert result["growth"][1]["dense s"] > 0 and result["growth"][2]["dense s"] == ""
+    assert result["growth"][0]["dense s"] > 0 and result["growth"][1]["dense s"] == ""
+    assert result["growth"][1]["prefill 10% s"] > 0 and result["growth"][2]["prefill 10% s"] == ""
     assert [row["questions"] for row in result["questions"]] == [1, 2, 4, 8, 16, 32]
     names = [f"{kind} {name}" for kind in ("full", "lora") for name in ("video", "dense", "hard", "apart", "grouped")]
     assert [row["step"] for row in result["training"]] == names

@@ -2,10 +2,8 @@
 
 from functools import partial
 
-import torch
-
 from .models import text_of
-from .timing import Case, answer, take_turns, timed
+from .timing import Case, answer, prefill, take_turns, timed
 
 SHARES, MAIN, FRONT = (0.39, 0.20, 0.10, 0.04), 0.39, 0.10
 BATCHES = (1, 4, 16)
@@ -56,22 +54,11 @@ class Answers:
                     self._add(f"{cut} {share:.0%}{at}", run, work, slow, batch=batch, kept=kept)
 
     def _prefills(self):
-        bench, prompt, model = self.bench, self.bench.prompt, self.bench.models.quarter
-        inputs = bench.inputs()
-        with torch.no_grad():
-            features = model.model.get_video_features(inputs.pop("pixel_values_videos"), inputs["video_grid_thw"])
-
-        @torch.no_grad()
-        def run(**options):
-            model(**inputs, mm_encoder_outputs={"video": features}, use_cache=True, logits_to_keep=1, **options)
-
+        bench, prompt = self.bench, self.bench.prompt
         for share in (1.0, MAIN, 0.10):
             kept = None if share == 1 else prompt.kept(share)
-            options = {"use_scheduler": False} if kept is None else {"token_budget": kept}
-            work = bench.work["quarter"].prefill(prompt, kept)
-            self._add(
-                f"prefill {share:.0%}", timed(partial(run, **options), bench.clock), work, kept=prompt.kept(share)
-            )
+            run, work = timed(prefill(bench, prompt, kept), bench.clock), bench.work["quarter"].prefill(prompt, kept)
+            self._add(f"prefill {share:.0%}", run, work, kept=prompt.kept(share))
 
     def _encoded(self):
         bench, prompt, clock = self.bench, self.bench.prompt, self.bench.clock

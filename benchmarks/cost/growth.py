@@ -3,16 +3,18 @@
 from .answers import FRONT, MAIN, REUSED
 from .models import text_of
 from .presets import prompt_of
-from .timing import answer
+from .timing import answer, prefill
 
+PREFILLED = 0.10  # share of the tokens, cut at L/4 - 1
 LINES = {"dense": ("quarter", None), "L/4-1": ("quarter", MAIN), "front": ("front", FRONT)}
 COUNTS = (1, 2, 4, 8, 16, 32)
 REPEATS = 3  # of what is quick
 
 
 def by_volume(bench):
-    """Seconds to the first token by the scan's visual tokens, of whole prompts and of further questions, and their
-    operations. Beyond `measured` tokens of the preset operations are counted, and nothing is timed."""
+    """Seconds to the first token by the scan's visual tokens, of whole prompts and of further questions, of prefill,
+    and their operations. Beyond `measured` tokens of the preset (prefill: `prefilled`) operations are counted, and
+    nothing is timed."""
     rows, slab = [], len(bench.patches) // bench.prompt.grid[0]
     for tokens in bench.settings["growth"]:
         slabs = max(1, tokens * bench.prompt.grid[0] // bench.prompt.visual)
@@ -25,6 +27,11 @@ def by_volume(bench):
             row[f"{name} GFLOP"], row[f"{name} s"] = work.whole(prompt, kept) / 1e9, seconds[0]
             if kept is not None:
                 row[f"{name} further GFLOP"], row[f"{name} further s"] = work.further(prompt, kept) / 1e9, seconds[1]
+        for share in (1.0, PREFILLED):
+            kept, name = None if share == 1 else prompt.kept(share), f"prefill {share:.0%}"
+            row[f"{name} GFLOP"] = bench.work["quarter"].prefill(prompt, kept) / 1e9
+            timing = prompt.visual <= bench.settings["prefilled"]
+            row[f"{name} s"] = bench.clock.time(prefill(bench, prompt, kept)) if timing else ""
         rows.append(row)
     return rows
 
@@ -59,7 +66,7 @@ def plot(volumes, questions, file):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_tokens, by_count = figure.subplots(1, 2)
     for name, style in (("dense", "k-"), ("L/4-1", "C0-"), ("front", "C1-"), ("L/4-1 further", "C0--"),
-                        ("front further", "C1--")):  # fmt: skip
+                        ("front further", "C1--"), ("prefill 100%", "k:"), ("prefill 10%", "C0:")):  # fmt: skip
         points = [(row["tokens"], row[f"{name} s"]) for row in volumes if row[f"{name} s"]]
         by_tokens.loglog(*zip(*points, strict=True), style, marker=".", label=name)
     by_tokens.set(xlabel="visual tokens of the scan", ylabel="seconds to the first token")

@@ -35,15 +35,16 @@ def size(name):
 # volume: voxels along depth, height, width; lead, rest, question: tokens in front of the scan, behind it, and of the
 # question among these; learned: tokens of an answer in training; rank: of adapters; patches: that the vision tower
 # takes at a time in training; repeats, few: rounds of what is quick and of what is slow; growth: visual tokens;
-# measured: up to how many of them everything is timed, beyond it counted
+# measured: up to how many of them everything is timed, prefilled: prefill is; beyond it is counted
 GPU = {
     "volume": (140, 280, 280), "lead": 15, "rest": 18, "question": 8, "learned": 4, "rank": 64, "patches": 2000,
-    "repeats": 9, "few": 3, "growth": (1000, 2000, 4000, 8000, 16000, 32000), "measured": 32000,
+    "repeats": 9, "few": 3, "growth": (1000, 2000, 4000, 8000, 16000, 32000), "measured": 32000, "prefilled": 32000,
 }  # fmt: skip
 PRESETS = {
     "cpu": {
         "config": CPU, "volume": (140, 280, 140), "lead": 8, "rest": 9, "question": 3, "learned": 2, "rank": 12,
         "patches": 500, "repeats": 4, "few": 1, "growth": (1000, 2000, 4000, 8000, 16000, 32000), "measured": 2000,
+        "prefilled": 8000,
     },
     "3b": {"config": size("3b"), **GPU},
     "7b": {"config": size("7b"), **GPU},

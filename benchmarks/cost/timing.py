@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import StoppingCriteria
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from common import synchronise
 
@@ -69,6 +70,24 @@ def answer(model, clock, tokens, **inputs):
     first, start = FirstToken(clock), clock()
     model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, stopping_criteria=[first])
     return first.at - start, clock() - first.at
+
+
+def prefill(bench, prompt, kept=None):
+    """A function that runs the decoder alone on a prompt whose scan is encoded, here by random numbers, which take as
+    long; kept: visual tokens, or `None` for all without a cut."""
+    model, inputs = bench.models.quarter, bench.inputs(1, prompt, bench.patches[:1])
+    inputs.pop("pixel_values_videos")
+    size = prompt.visual, bench.config.text_config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(size, generator=generator).to(bench.device, model.dtype)
+    features = {"video": BaseModelOutputWithPooling(pooler_output=[states])}
+    options = {"use_scheduler": False} if kept is None else {"token_budget": kept}
+
+    @torch.no_grad()
+    def run():
+        model(**inputs, mm_encoder_outputs=features, use_cache=True, logits_to_keep=1, **options)
+
+    return run
 
 
 def timed(function, clock):
