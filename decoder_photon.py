@@ -133,11 +133,12 @@ class CutDecoder(CutLearning):
                     self._cut_cache(past_key_values, keep_index, length, schedule)
                 packed = past_key_values is None and not later and self._packs(keep_index)
                 if packed:
-                    *parts, more = packed_rows(hidden_states, position_ids, gate, keep_index)
+                    *parts, rows, more = packed_rows(hidden_states, position_ids, gate, keep_index)
                     (hidden_states, position_ids, gate), options = parts, options | more
                 embeddings, text_positions, mask = self.rotary_emb(hidden_states, position_ids), None, None
-                if above and not packed:
-                    mask = self._mask(hidden_states, keep_index >= 0, past_key_values, cut_layer, cut=False)
+                if above:
+                    real, rows = (None, rows) if packed else (keep_index >= 0, None)
+                    mask = self._mask(hidden_states, real, past_key_values, cut_layer, rows, cut=False)
             elif prefix is not None:  # nothing is cut
                 if prefix.reuse == "select":
                     prefix.fill(past_key_values, above)
@@ -357,6 +358,7 @@ class PhotonTextModel(CutDecoder, PhotonPreTrainedModel, Qwen2_5_VLTextModel):
 
     config_class = Qwen2_5_VLTextModel.config_class
     input_modalities = ("text",)
+    _supports_flex_attn = True  # the parent's vision tower does not
 
     def __init__(self, config, photon):
         super().__init__(config)

@@ -378,14 +378,14 @@ def packed_rows(hidden_states, position_ids, gate, keep_index):
     """Rows of unlike length one behind the other, without the padding of keep_index (B, S').
 
     hidden_states (B, S', D) -> (1, N, D), position_ids (3, B, S') -> (3, 1, N), gate (B, S') -> (1, N) or `None`, N
-    places in all; and by name what tells flash attention where a row begins and ends.
+    places in all; places within their rows (1, N), of which masks are made; and by name what flash attention takes.
     """
     real = keep_index >= 0
-    lengths = real.sum(-1)
+    lengths, rows = real.sum(-1), (real.cumsum(-1) - 1)[real][None]
     starts, longest = F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
     options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     gate = None if gate is None else gate[real][None]
-    return hidden_states[real][None], position_ids[:, real][:, None], gate, options
+    return hidden_states[real][None], position_ids[:, real][:, None], gate, rows, options
 
 
 def padded_rows(hidden_states, keep_index):
@@ -436,8 +436,9 @@ class CutLearning:
         return gate_mask(mask, gate.to(hidden_states.dtype)), options
 
     def _packs(self, keep_index):
-        """Whether rows go on without padding: in training with flash attention, which tells rows apart by length."""
-        return self.training and "flash" in self.config._attn_implementation and bool((keep_index < 0).any())
+        """Whether rows go on without padding: in training, with attention that leaves out what rows do not share."""
+        packing = any(name in self.config._attn_implementation for name in ("flash", "flex"))
+        return self.training and packing and bool((keep_index < 0).any())
 
     def _touch_scheduler(self):
         """0, with a gradient of 0 for the scheduler, since a rank without a scan must take part in the reduction."""

@@ -4,8 +4,7 @@
 - `ScanPrefix`: the part of a prompt up to its last scan. Visual tokens precede the question, so vision and the layers
   below the cut do not depend on it, and are computed once for all questions;
 - `PrefixModel`: what the model has for it.
-B rows, S places of the prompt, P places of the prefix, T places of text behind it, V visual tokens, D channels, G key
-heads, d head size.
+B rows; S places of the prompt, P of the prefix, T of the text behind it; V visual tokens, D channels, G key heads of d.
 """
 
 import hashlib
@@ -298,10 +297,11 @@ def model_digest(model):
 
 
 def _weights(module):
-    """The parameters of a module. `parameters()` also makes their names, which takes ten times as long."""
-    yield from (weight for weight in module._parameters.values() if weight is not None)
-    for part in module.children():
-        yield from _weights(part)
+    """The parameters of a module. `parameters()` also makes their names, which takes twenty times as long."""
+    parts = [module]
+    for part in parts:  # which grow meanwhile
+        parts += filter(None, part._modules.values())
+        yield from filter(lambda weight: weight is not None, part._parameters.values())
 
 
 # === The model's methods =============================================================================================
@@ -379,26 +379,26 @@ class PrefixModel:
             tensors = {name: entry.get_tensor(name) for name in entry.keys()}
         return ScanPrefix(tensors, about["scans"], about["model"], about["reuse"])
 
-    def prefix_for(self, input_ids, prefix, pixel_values_videos=None, video_grid_thw=None, volume_index=None):
-        """The prefix of a batch's rows. Raises `ValueError` where it cannot serve: in training, without ids, after the
-        weights have changed, or for another scan, where the scan is passed too."""
+    def prefix_for(self, input_ids, prefix, pixel_values_videos=None, *places, compare=True):
+        """The prefix of a batch's rows; places: `video_grid_thw`, `volume_index`. Raises `ValueError` where it cannot
+        serve: in training, without ids, after the weights have changed, or for another scan, if that is passed too."""
         if self.training:
             raise ValueError("scan= carries no gradient; call model.eval(), or pass pixel_values_videos.")
         if input_ids is None:
             raise ValueError("Got inputs_embeds; scan= needs input_ids, to compare the prompt with the prefix.")
-        if prefix.model != model_digest(self):
+        if compare and prefix.model != model_digest(self):
             raise ValueError(
                 "The prefix was made with another model, or the weights have changed since. Call encode_scan again."
             )
         prefix = prefix.for_batch(len(input_ids))
         if pixel_values_videos is not None:
-            prefix.check_scans(pixel_values_videos, video_grid_thw, volume_index)
+            prefix.check_scans(pixel_values_videos, *places)
         return prefix
 
     def with_prefix(self, input_ids, prefix, inputs):
         """Arguments of `generate` for prompts that begin with a prefix: without their scans, which were compared."""
-        inputs = dict(inputs)
-        rows = self.prefix_for(input_ids, prefix, *(inputs.pop(name, None) for name in SCANS))
+        rows = self.prefix_for(input_ids, prefix, *map(inputs.get, SCANS), compare=False)  # `forward` compares models
+        inputs = {name: value for name, value in inputs.items() if name not in SCANS}
         inputs["mm_token_type_ids"] = (input_ids == self.config.video_token_id).int() * 2
         return inputs | {"scan": prefix, "video_grid_thw": rows.video_grid_thw}
 

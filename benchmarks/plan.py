@@ -3,23 +3,32 @@
     python benchmarks/plan.py --preset 3b --batch 4 --scans 1 --gpus 8 --vision-rate 200 --decoder-rate 300
     python benchmarks/plan.py --preset cpu --measured benchmarks/results/efficiency_cpu.json
 
-The rates are TFLOP/s that a GPU reaches. With `--measured` they are those of four rows of `efficiency.py`'s JSON
-(`CALIBRATED`), all other rows are predicted, and the table says by how much each is missed. `cost/planning.py` has
-the rules.
+The rates are TFLOP/s that a GPU reaches. With `--measured` they are those of six rows of `efficiency.py`'s JSON
+(`CALIBRATED` says what each gives), all other rows are predicted, and the table says by how much each is missed. No
+figure of memory is calibrated. `cost/planning.py` has the rules.
 Each GPU takes `--batch` questions a step; with `--shard` the GPUs share out weights, gradients and states (ZeRO-3,
 FSDP). The exchange of gradients is not counted: it runs beside the way back where the link is fast enough.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
-from cost.planning import Plan, Rates
+from cost.counting import Work
+from cost.planning import STEP_RUNS, Plan, Rates
 from cost.presets import PRESETS
 
 from common import arguments, report
 
-CALIBRATED = ("prefill 100%", "dense", "full dense")  # the decoder, the vision tower, a step; and a token of an answer
+CALIBRATED = {  # row of the result: what is taken from it
+    "prefill 100%": "the decoder's rate",
+    "dense": "the vision tower's rate; from a further token, the time of a pass",
+    "prefill 10%": "the time of a cut",
+    "dense x16": "the time of new memory",
+    "full dense": "a step's time over its operations'",
+    "lora dense": "the adapters' rate",
+}
 KINDS = {"video": "video", "dense": "dense", "L/4-1": "hard", "front": "front"}
 REUSED = {"exact": ("hard", 0.39, "exact"), "front": ("front", 0.10, "exact"), "select": ("hard", 0.39, "select")}
 GIB, MIB = 2**30, 2**20
@@ -29,13 +38,23 @@ CLOSE = 0.15
 def rates_of(plan, result):
     """`Rates` from the calibrated rows of a result of efficiency.py."""
     rows, steps = ({row[key]: row for row in result[name]} for key, name in (("case", "rows"), ("step", "training")))
-    decoder, whole = (rows[name] for name in CALIBRATED[:2])
-    fixed = 1 / whole["tokens/s"]
-    rate = decoder["GFLOP"] * 1e9 / (decoder["first token s"] - fixed)
+    first = {name: row["first token s"] for name, row in rows.items()}
     _, prompt, work = plan.of("dense")
-    vision = work.encoder(prompt.grid).total
-    rates = Rates(vision / (whole["first token s"] - decoder["first token s"]), rate, fixed=fixed)
+    fixed, batch = 1 / rows["dense"]["tokens/s"], rows["dense x16"]["batch"]
+    vision = work.encoder(prompt.grid).total / (first["dense"] - first["prefill 100%"])
+    rates = Rates(vision, work.prefill(prompt) / (first["prefill 100%"] - fixed), fixed=fixed)
+    short = rates.seconds(work.prefill(prompt, rows["prefill 10%"]["kept"]), 0.0)
+    rates.cut = max(first["prefill 10%"] - short, 0.0)
+    new = plan.new_memory("dense", None, batch, batch)
+    if new:
+        rates.new = max(first["dense x16"] - plan.answer_seconds(rates, "dense", batch=batch), 0.0) / new
     rates.step = steps["full dense"]["s"] / plan.step_seconds(rates, "dense")
+    rank = plan.settings["rank"]
+    over = steps["lora dense"]["s"] - plan.step_seconds(
+        rates, "dense", rank=rank
+    )  # adapters without time of their own
+    operations = STEP_RUNS * Work(plan.config, work.below - 1, rank=rank).decoder(plan.of("dense", True)[1]).adapters
+    rates.adapters = operations / over if over > 0 else math.inf
     return rates
 
 
@@ -49,15 +68,14 @@ def predictions(plan, rates, result):
         first, *rest = name.split()
         if first == "prefill":
             _, prompt, work = plan.of("hard")
-            seconds = rates.seconds(work.prefill(prompt, row["kept"]), 0.0)
+            seconds = rates.seconds(work.prefill(prompt, row["kept"]), 0.0, cut=True)
         elif first in KINDS:
             kept = None if first in ("video", "dense") else row["kept"]
-            seconds = batch * (plan.answer_seconds(rates, KINDS[first], kept) - rates.fixed) + rates.fixed
+            seconds = plan.answer_seconds(rates, KINDS[first], kept, batch)
         else:
             kind, _, reuse = REUSED[rest[0]]
-            encoding, further = plan.further_seconds(rates, kind, row["kept"], reuse)
-            many = encoding + batch * (further - rates.fixed)
-            seconds = {"encode": encoding, "further": further, "sixteen": many}[first]
+            encoding, further = plan.further_seconds(rates, kind, row["kept"], reuse, batch)
+            seconds = {"encode": encoding, "further": further, "sixteen": encoding + further}[first]
         found.append((name, "s", seconds, row["first token s"]))
     for row in result["training"]:
         part, name = row["step"].split()
@@ -86,7 +104,8 @@ def check(plan, file, json_file):
     for unit, name in (("s", "time"), ("MiB", "memory")):
         off = [abs(row["off"]) for row in rows if row["unit"] == unit]
         ratios |= {f"{name}_within_15": sum(value <= CLOSE for value in off) / len(off), f"{name}_worst": max(off)}
-    report(torch.device("cpu"), rows, ratios, json_file, measured_on=result["device"], measured=result["date"])
+    facts = {"measured_on": result["device"], "measured": result["date"], "calibrated": CALIBRATED}
+    report(torch.device("cpu"), rows, ratios, json_file, **facts)
 
 
 def forecast(plan, options, rates):

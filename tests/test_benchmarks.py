@@ -68,3 +68,36 @@ def test_no_other_file_knows_a_benchmark_by_name():
     for file in files:
         code = re.sub(r'""".*?"""', "", file.read_text("utf-8"), flags=re.S)
         assert not [name for name in BENCHMARKS if f'"{name}"' in code], file.name
+
+
+def test_what_select_costs(tmp_path, monkeypatch, capsys):
+    """Two runs that differ in one answer of four, by `benchmarks/reuse_select.py`."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("reuse_select", ROOT / "benchmarks" / "reuse_select.py")
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    data = tmp_path / "test.jsonl"
+    rows = [
+        {"id": f"q{i}", "patient": f"p{i // 2}", "split": "test", "task": "presence", "volumes": ["a.nii.gz"],
+         "answer": answer, "choices": ["yes", "no"], "messages": [
+             {"role": "user", "content": [{"type": "volume"}, {"type": "text", "text": f"Is there {i}?"}]},
+             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+         ]}
+        for i, answer in enumerate(["yes", "no", "yes", "no"])
+    ]  # fmt: skip
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = [row["id"] for row in load_benchmark("jsonl", data)]
+    for name, texts in (("exact", ["yes", "no", "yes", "no"]), ("select", ["yes", "no", "yes", "yes"])):
+        (tmp_path / name).mkdir()
+        lines = [{"id": i, "prediction": text, "kept": 0.25} for i, text in zip(ids, texts, strict=True)]
+        (tmp_path / name / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = ["--runs", "front", str(tmp_path / "exact"), str(tmp_path / "select")]
+    file = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["reuse_select.py", "--data", str(data), *runs, "--json", str(file)])
+    command.main()
+    found = json.loads(file.read_text())
+    row = found["rows"][0]
+    assert (row["exact"], row["select"], row["difference_value"]) == (1.0, 0.75, -0.25)
+    assert row["difference_low"] <= -0.25 <= row["difference_high"] and found["patients"] == 2
+    assert found["ratios"] == {"front_answers_that_differ": 0.25, "front_kept": 0.25}
+    assert "presence" in capsys.readouterr().out

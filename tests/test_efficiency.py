@@ -191,16 +191,24 @@ def test_a_plan_is_checked_against_a_measurement(tmp_path, monkeypatch, capsys):
     """A measurement that is made of the plan's own figures is predicted without an error."""
     plan_file, planning, file = module("plan"), module("cost.planning"), tmp_path / "made.json"
     monkeypatch.setitem(plan_file.PRESETS, "tiny", TINY)
-    plan, rates = planning.Plan(TINY, 4), planning.Rates(vision=3e9, decoder=5e9, step=1.2, fixed=0.01)
+    monkeypatch.setattr(planning, "RETURNED", 2**14)  # so that some of the tiny tensors are new memory
+    plan = planning.Plan(TINY, 4)
+    rates = planning.Rates(vision=3e9, decoder=5e9, adapters=4e8, fixed=0.01, cut=0.004, new=2e-9, step=1.2)
     kept, whole = plan.of("hard")[1].kept(0.39), plan.of("hard")[1].visual
-    encoding, further = plan.further_seconds(rates, "hard", kept)
+    encoding, further = plan.further_seconds(rates, "hard", kept, batch=16)
     _, prompt, work = plan.of("dense")
+    few = prompt.kept(0.1)
+    assert plan.new_memory("dense", None, 16, 16) > 0
+    assert plan.new_memory("dense") == plan.new_memory("hard", kept) == 0
     times = {
         "prefill 100%": (1, whole, rates.seconds(work.prefill(prompt), 0.0), work.prefill(prompt)),
         "dense": (1, whole, plan.answer_seconds(rates, "dense"), work.whole(prompt)),
         "L/4-1 39%": (1, kept, plan.answer_seconds(rates, "hard", kept), 1.0),
         "encode exact": (1, whole, encoding, 1.0),
-        "sixteen exact": (16, kept, encoding + 16 * (further - rates.fixed), 1.0),
+        "sixteen exact": (16, kept, encoding + further, 1.0),
+        "prefill 10%": (1, few, rates.seconds(work.prefill(prompt, few), 0.0, cut=True), 1.0),
+        "dense x16": (16, whole, plan.answer_seconds(rates, "dense", batch=16), 1.0),
+        "L/4-1 39% x16": (16, kept, plan.answer_seconds(rates, "hard", kept, 16), 1.0),
     }
     rows = [
         {"case": name, "batch": batch, "kept": left, "first token s": seconds, "GFLOP": flop / 1e9,
@@ -211,6 +219,10 @@ def test_a_plan_is_checked_against_a_measurement(tmp_path, monkeypatch, capsys):
         {"step": f"full {name}", "questions": 1, "s": plan.step_seconds(rates, name, kept),
          "activations MiB": plan.activations(name, kept) / 2**20}
         for name in ("video", "dense", "hard")
+    ] + [
+        {"step": f"lora {name}", "questions": 1, "s": plan.step_seconds(rates, name, kept, rank=TINY["rank"]),
+         "activations MiB": ""}
+        for name in ("dense", "hard")
     ]  # fmt: skip
     result = {"device": "a", "date": "b", "dtype": "float32", "rows": rows, "training": training}
     file.write_text(json.dumps(result), encoding="utf-8")
@@ -218,7 +230,7 @@ def test_a_plan_is_checked_against_a_measurement(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", options)
     plan_file.main()
     checked = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
-    assert len(checked["rows"]) == 3 + 2 + 3
+    assert len(checked["rows"]) == 4 + 3 + 3
     assert checked["ratios"]["time_worst"] < 1e-6 and checked["ratios"]["memory_worst"] < 1e-6
     monkeypatch.setattr(sys, "argv", ["plan.py", "--preset", "tiny", "--batch", "4", "--scans", "1", "--gpus", "2"])
     capsys.readouterr()

@@ -116,6 +116,25 @@ def test_rows_of_unlike_length_are_packed(layer, surrogate, monkeypatch):
         torch.testing.assert_close(found[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
 
 
+def test_rows_of_unlike_length_are_packed_for_flex_attention():
+    """Forward alone: on a CPU flex attention has no way back."""
+    inputs, results, shapes = collate(three_rows(answers=True)), [], []
+    for attention in ("sdpa", "flex_attention"):
+        model = tiny_model(scheduler_layer=0).train()
+        model.model.language_model.set_attn_implementation(attention)
+        model.set_scheduler_phase("hard")
+        top = model.model.language_model.layers[-1].mlp
+        top.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling takes a minute
+            results.append(model(**inputs, use_cache=False))
+    padded, packed = results
+    assert torch.equal(padded.keep_index, packed.keep_index)
+    kept = (padded.keep_index >= 0).sum(-1)
+    assert len(set(kept.tolist())) == 3 and shapes[0][:2] == padded.keep_index.shape
+    assert shapes[1] == (1, int(kept.sum()), shapes[0][-1])
+    torch.testing.assert_close(packed.loss, padded.loss, atol=1e-5, rtol=0)
+
+
 def test_attention_saliency_holds_one_head_at_a_time():
     """No tensor of the size of heads, question and visual tokens is held for the way back."""
     fields = {"saliency": "attention", "saliency_gradient": True, "scheduler_layer": 1}

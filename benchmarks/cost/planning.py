@@ -2,13 +2,20 @@
 
 **Activations.** Checkpointing keeps the input of every block; beside these stands one block on its way back, whose
 tensors are `WIDE` times the MLP's width and `NARROW` times the model's, for each token (read off `holders.py`). The
-peak is the larger of two moments: at the top of the decoder, where the inputs of all layers are held, and at the last
-layer that sees the whole prompt. Stock Qwen2.5-VL peaks at its logits.
+peak is the largest of three moments: at the top of the decoder, where the inputs of all layers are held; at the last
+layer that sees the whole prompt; and at the top of the vision tower, on as many patches as it takes at a time. Stock
+Qwen2.5-VL takes all at a time, and holds its logits in place of the first two.
 
-**Time.** Operations over the rate of the part that does them, vision tower or decoder, and a fixed time for each pass
-through the decoder, which the short passes feel. A step's operations run at the same rates, times one factor.
+**Time.** Operations over the rate of the part that does them, vision tower or decoder, and four costs beside:
+- a fixed time for each pass through the decoder, to read its weights, which the short passes feel;
+- a fixed time for each cut;
+- on a CPU, new memory: the C library gives blocks above `RETURNED` back to the system, so that each such tensor is new
+  memory every time. A block makes `NEW_WIDE` tensors of the MLP's width and `NEW_NARROW` of the model's;
+- products with adapters are thin and run at a rate of their own.
+A step's operations run at the same rates, times one factor.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,20 +32,31 @@ TOWER = 1.5  # patches' states that the vision tower holds beside its blocks' in
 MERGER = 4  # that it holds if its merger is not checkpointed
 LOGITS = 3  # float32 copies of all logits, in the loss and on its way back
 FLOAT32 = 4  # bytes
+NEW_WIDE, NEW_NARROW = 4, 10
+RETURNED = 32 * 2**20  # bytes, the most that glibc's malloc lets its threshold for it grow to
+STEP_RUNS = 4  # a step's passes, by the tensors they make: forward, again, and back by inputs and by weights
 
 
 @dataclass
 class Rates:
-    """Operations a second of the vision tower and of the decoder; seconds of a pass; a step's time over theirs."""
+    """Operations a second of the vision tower, of the decoder and of adapters; seconds of a pass, of a cut and of a
+    byte of new memory; a step's time over its operations'."""
 
     vision: float
     decoder: float
-    step: float = 1.0
+    adapters: float = math.inf
     fixed: float = 0.0
+    cut: float = 0.0
+    new: float = 0.0
+    step: float = 1.0
 
-    def seconds(self, work, vision):
-        """Of a pass of `work` operations, `vision` of them in the tower."""
-        return vision / self.vision + (work - vision) / self.decoder + self.fixed
+    def seconds(self, work, vision, new=0.0, cut=False):
+        """Of a pass of `work` operations, `vision` of them in the tower, and `new` bytes of memory."""
+        return vision / self.vision + (work - vision) / self.decoder + self.passed(cut) + new * self.new
+
+    def passed(self, cut):
+        """Of a pass beside its operations."""
+        return self.fixed + (self.cut if cut else 0.0)
 
 
 class Plan:
@@ -92,13 +110,34 @@ class Plan:
             return tokens * (WIDE * text.intermediate_size + NARROW * text.hidden_size)
 
         inputs = (below * full + above * questions * short) * text.hidden_size
+        patches = states // vision.hidden_size
+        at_once = patches if kind == "video" else min(patches, self.settings["patches"])
+        first = states * vision.depth
+        first += at_once * (WIDE * vision.intermediate_size + NARROW * vision.hidden_size)
         if kind == "video":
             logits = LOGITS * FLOAT32 / self.size + (self.size < FLOAT32)  # and as they came
-            return (tower + MERGER * states + inputs + full * text.vocab_size * logits) * self.size
+            return max(first, tower + MERGER * states + inputs + full * text.vocab_size * logits) * self.size
         lowest = below * full * text.hidden_size + block(full if below else 0)
-        return (tower + max(inputs + block(questions * short), lowest)) * self.size
+        return max(first, tower + max(inputs + block(questions * short), lowest)) * self.size
 
     # --- time
+
+    def new_memory(self, kind, kept=None, scans=1, questions=1, learned=False):
+        """Bytes of new memory that a pass takes: of tensors above `RETURNED`."""
+        config, prompt, work = self.of(kind, learned)
+        text, vision = config.text_config, config.vision_config
+        patches = scans * prompt.grid[0] * prompt.grid[1] * prompt.grid[2]
+        if learned and kind != "video":
+            patches = min(patches, self.settings["patches"])  # at a time, and so none is large
+        short = prompt.length - (prompt.visual - kept if kept is not None else 0)
+
+        def blocks(tokens, tower, count):
+            parts = (NEW_WIDE, tower.intermediate_size), (NEW_NARROW, tower.hidden_size)
+            sizes = ((many, tokens * width * self.size) for many, width in parts)
+            return count * sum(many * size for many, size in sizes if size > RETURNED)
+
+        decoder = blocks(questions * prompt.length, text, work.below) + blocks(questions * short, text, work.above)
+        return blocks(patches, vision, vision.depth) + decoder
 
     def step_seconds(self, rates, kind, kept=None, scans=1, questions=1, rank=0):
         config, prompt, work = self.of(kind, learned=True)
@@ -107,15 +146,21 @@ class Plan:
         learned, stock = self.settings["learned"], kind == "video"
         total = work.step(prompt, kept, learned, scans, questions, stock)
         without = work.step(prompt, kept, learned, 0, questions, stock)
-        return rates.step * rates.seconds(total, total - without)
+        adapters = STEP_RUNS * questions * work.decoder(prompt, kept).adapters
+        new = STEP_RUNS * self.new_memory(kind, kept, scans, questions, learned=True)
+        return (
+            rates.step * rates.seconds(total - adapters, total - without) + adapters / rates.adapters + new * rates.new
+        )
 
-    def answer_seconds(self, rates, kind, kept=None):
-        """To the first token of a question on a scan of its own."""
+    def answer_seconds(self, rates, kind, kept=None, batch=1):
+        """To the first token of questions, each on a scan of its own."""
         _, prompt, work = self.of(kind)
-        return rates.seconds(work.whole(prompt, kept), work.encoder(prompt.grid).total)
+        new = self.new_memory(kind, kept, batch, batch)
+        vision = batch * work.encoder(prompt.grid).total
+        return rates.seconds(batch * work.whole(prompt, kept), vision, new, cut=kept is not None)
 
-    def further_seconds(self, rates, kind, kept, reuse="exact"):
-        """Of the encoding, and of each further question."""
+    def further_seconds(self, rates, kind, kept, reuse="exact", batch=1):
+        """Of the encoding, and of further questions, all at once."""
         _, prompt, work = self.of(kind)
-        vision = work.encoder(prompt.grid).total
-        return rates.seconds(work.encode(prompt, reuse), vision), rates.seconds(work.further(prompt, kept, reuse), 0.0)
+        encoding = rates.seconds(work.encode(prompt, reuse), work.encoder(prompt.grid).total)
+        return encoding, rates.seconds(batch * work.further(prompt, kept, reuse), 0.0, cut=True)

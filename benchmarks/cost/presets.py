@@ -43,7 +43,7 @@ GPU = {
 PRESETS = {
     "cpu": {
         "config": CPU, "volume": (140, 280, 140), "lead": 8, "rest": 9, "question": 3, "learned": 2, "rank": 12,
-        "patches": 500, "repeats": 4, "few": 1, "growth": (1000, 2000, 4000, 8000, 16000, 32000), "measured": 2000,
+        "patches": 500, "repeats": 6, "few": 1, "growth": (1000, 2000, 4000, 8000, 16000, 32000), "measured": 2000,
         "prefilled": 8000,
     },
     "3b": {"config": size("3b"), **GPU},
