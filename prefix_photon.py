@@ -4,7 +4,7 @@
 - `ScanPrefix`: the part of a prompt up to its last scan. Visual tokens precede the question, so vision and the layers
   below the cut do not depend on it, and are computed once for all questions;
 - `PrefixModel`: what the model has for it.
-B rows; S places of the prompt, P of the prefix, T of the text behind it; V visual tokens, D channels, G key heads of d.
+B rows; S places of the prompt, P of the prefix, T of text behind it; V visual tokens, D channels, G key heads, size d.
 """
 
 import hashlib

@@ -24,7 +24,7 @@ from common import arguments, report
 CALIBRATED = {  # row of the result: what is taken from it
     "prefill 100%": "the decoder's rate",
     "dense": "the vision tower's rate; from a further token, the time of a pass",
-    "prefill 10%": "the time of a cut",
+    "further select": "the time of a cut and of a call, of which this row has the largest share",
     "dense x16": "the time of new memory",
     "full dense": "a step's time over its operations'",
     "lora dense": "the adapters' rate",
@@ -43,8 +43,8 @@ def rates_of(plan, result):
     fixed, batch = 1 / rows["dense"]["tokens/s"], rows["dense x16"]["batch"]
     vision = work.encoder(prompt.grid).total / (first["dense"] - first["prefill 100%"])
     rates = Rates(vision, work.prefill(prompt) / (first["prefill 100%"] - fixed), fixed=fixed)
-    short = rates.seconds(work.prefill(prompt, rows["prefill 10%"]["kept"]), 0.0)
-    rates.cut = max(first["prefill 10%"] - short, 0.0)
+    _, further = plan.further_seconds(rates, "hard", rows["further select"]["kept"], "select")
+    rates.cut = max(first["further select"] - further, 0.0)
     new = plan.new_memory("dense", None, batch, batch)
     if new:
         rates.new = max(first["dense x16"] - plan.answer_seconds(rates, "dense", batch=batch), 0.0) / new

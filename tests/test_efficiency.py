@@ -197,7 +197,6 @@ def test_a_plan_is_checked_against_a_measurement(tmp_path, monkeypatch, capsys):
     kept, whole = plan.of("hard")[1].kept(0.39), plan.of("hard")[1].visual
     encoding, further = plan.further_seconds(rates, "hard", kept, batch=16)
     _, prompt, work = plan.of("dense")
-    few = prompt.kept(0.1)
     assert plan.new_memory("dense", None, 16, 16) > 0
     assert plan.new_memory("dense") == plan.new_memory("hard", kept) == 0
     times = {
@@ -206,7 +205,7 @@ def test_a_plan_is_checked_against_a_measurement(tmp_path, monkeypatch, capsys):
         "L/4-1 39%": (1, kept, plan.answer_seconds(rates, "hard", kept), 1.0),
         "encode exact": (1, whole, encoding, 1.0),
         "sixteen exact": (16, kept, encoding + further, 1.0),
-        "prefill 10%": (1, few, rates.seconds(work.prefill(prompt, few), 0.0, cut=True), 1.0),
+        "further select": (1, kept, plan.further_seconds(rates, "hard", kept, "select")[1], 1.0),
         "dense x16": (16, whole, plan.answer_seconds(rates, "dense", batch=16), 1.0),
         "L/4-1 39% x16": (16, kept, plan.answer_seconds(rates, "hard", kept, 16), 1.0),
     }

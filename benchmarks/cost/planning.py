@@ -8,7 +8,7 @@ Qwen2.5-VL takes all at a time, and holds its logits in place of the first two.
 
 **Time.** Operations over the rate of the part that does them, vision tower or decoder, and four costs beside:
 - a fixed time for each pass through the decoder, to read its weights, which the short passes feel;
-- a fixed time for each cut;
+- a fixed time for each cut, and for the call that makes it;
 - on a CPU, new memory: the C library gives blocks above `RETURNED` back to the system, so that each such tensor is new
   memory every time. A block makes `NEW_WIDE` tensors of the MLP's width and `NEW_NARROW` of the model's;
 - products with adapters are thin and run at a rate of their own.
