@@ -75,13 +75,13 @@ def fields_of(pairs):
     return {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in pairs)}
 
 
-def build_config(tokenizer, **fields):
+def build_config(tokenizer, layers=LAYERS, **fields):
     head = HIDDEN // HEADS
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": HIDDEN,
         "intermediate_size": 3 * HIDDEN,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KEY_HEADS,
         "max_position_embeddings": 4096,
@@ -123,12 +123,13 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=ROOT, help="folder to write to (default: the repository)")
     parser.add_argument("--tower", type=Path, metavar="DIR", help="take the vision tower's weights from this model")
     parser.add_argument("--photon", nargs="*", default=[], metavar="NAME=VALUE", help="fields of PhotonConfig to set")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the decoder")
     parser.add_argument("--seed", type=int, default=SEED, help="of the random weights")
     args = parser.parse_args(argv)
     output = args.output
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    config = build_config(tokenizer, **fields_of(args.photon))
+    config = build_config(tokenizer, args.layers, **fields_of(args.photon))
     # centred, because the patch embedding has no bias and most of a scan is air
     processor = build_processor(
         tokenizer,

@@ -1,15 +1,22 @@
 """`python -m photon.evidence` from nothing to tables, in small; and its figures on records that are known."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+from conftest import real
 from photon.evidence.__main__ import main
 from photon.evidence.arms import ARMS
 from photon.evidence.grounding import auroc, reliability
+from photon.evidence.organs import main as organs_command
+from photon.evidence.organs import organ_effect, recalls
 from photon.evidence.questions import jaccard, question_effect
-from photon.evidence.report import TASKS, accuracies, evidence_found, write_tables
+from photon.evidence.report import TASKS, accuracies, evidence_found, layer_averaged, write_tables
+from photon.evidence.trainings import PRESETS, ROOT, train, turned
+
+MARK_OF_TABLE = re.compile("<!-- ([a-z]+): begin -->")
 
 
 def test_from_nothing_to_a_table_and_on_from_there(tmp_path, capsys):
@@ -87,11 +94,72 @@ def test_auroc_and_reliability():
 def test_a_page_without_marks_is_refused(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- arms: begin -->\nold\n<!-- arms: end -->\n", encoding="utf-8")
-    row = {"arm": "dense", "says": "all tokens", "seeds": 1, "seconds": 3}
+    row = {"arm": "dense", "says": "all tokens", "seeds": 1, "steps": 5, "seconds": 3, "table": "arms"}
     row["accuracy"] = {"presence": [0.5, 0.4, 0.6], "mean": [0.5, 0.4, 0.6]}
-    with pytest.raises(ValueError, match="controls: begin"):
+    with pytest.raises(ValueError, match="constants: begin"):
         write_tables({"rows": [row]}, page)
 
 
-def test_arms_have_names_of_their_own():
+def test_arms_have_names_of_their_own_and_tables_that_are_shown():
     assert len({arm.name for arm in ARMS}) == len(ARMS)
+    known = set(MARK_OF_TABLE.findall((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")))
+    assert {arm.table for arm in ARMS} <= known
+    for arm in (arm for arm in ARMS if arm.begins):
+        (first,) = (other for other in ARMS if other.name == arm.begins)
+        assert first.layers == arm.layers and first.seeds >= arm.seeds
+
+
+def test_tokens_that_a_decoder_layer_sees():
+    arms = {arm.name: arm for arm in ARMS}
+    assert layer_averaged(arms["exact"], 0.1) == 0.1  # before the first of four layers
+    assert layer_averaged(arms["deep_quarter"], 0.1) == (3 + 9 * 0.1) / 12  # layers 0, 1, 2 see all
+    assert layer_averaged(arms["deep_front"], 0.1) == 0.1
+
+
+def test_an_arm_that_goes_on_with_another_wants_it_first(tmp_path):
+    (tmp_path / "train").mkdir()
+    (arm,) = (arm for arm in ARMS if arm.name == "deep_half")
+    with pytest.raises(RuntimeError, match="goes on with deep, which is not trained"):
+        train(tmp_path, arm, 0, PRESETS["smoke"])
+
+
+def test_a_row_with_its_question_in_front():
+    parts = [{"type": "volume"}, {"type": "volume"}, {"type": "text", "text": "Grown?"}]
+    row = {"id": "a", "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": []}]}
+    asked = turned(row)["messages"][0]["content"]
+    assert [part["type"] for part in asked] == ["text", "volume", "volume"] and row["messages"][0]["content"] is parts
+    assert turned(row)["messages"][1] is row["messages"][1]
+
+
+def test_the_organ_that_a_question_names_is_told_from_chance():
+    random = np.random.default_rng(0)
+    held = np.zeros((5, 200), bool)
+    for organ in range(5):
+        held[organ, 30 * organ : 30 * organ + 7 + organ] = True
+    blind = random.random((6, 5, 200)) < 0.1
+    own, other, p = organ_effect(blind, held)
+    assert p > 0.05 and own.shape == other.shape == (5,)
+    table = recalls(blind, held)
+    assert table[3, 1, 4] == (blind[3, 1] & held[4]).sum() / held[4].sum()
+    np.testing.assert_allclose(own[2], table[:, 2, 2].mean())
+    np.testing.assert_allclose(other[2], table[:, [0, 1, 3, 4], 2].mean())
+    asked, other, p = organ_effect(blind | (held[None] & (random.random((6, 5, 200)) < 0.5)), held)
+    assert p < 0.001 and (asked > other + 0.2).all()
+
+
+def test_a_real_scan_and_its_organs(tmp_path, capsys):
+    organs, file = real("organs"), tmp_path / "organs.json"
+    masks = {"liver": "liver", "spleen": "spleen", "left kidney": "kidney_left", "right lung": "lung_upper_lobe_right"}
+    named = [f"--mask={organ}={organs / name}.nii.gz" for organ, name in masks.items()]
+    organs_command(["--scan", str(real("example_ct_sm.nii.gz")), *named, "--json", str(file)])
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["organ"] for row in result["rows"]] == [
+        "liver",
+        "spleen",
+        "left kidney",
+    ]  # that lobe is not in the scan
+    assert result["rows"][2]["own"] > 2 * result["rows"][2]["other"] and result["ratios"]["p"] < 0.01
+    assert "liver: 40 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        organs_command(["--scan", str(organs), "--mask", "brain=brain.nii.gz"])
+    assert "one of liver, spleen" in capsys.readouterr().err

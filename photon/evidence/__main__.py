@@ -15,8 +15,8 @@ from pathlib import Path
 
 from photon.evidence.arms import ARMS
 from photon.evidence.measuring import CONTROLS, measure
-from photon.evidence.report import arm_table, plot, result_of, signals, write_tables
-from photon.evidence.trainings import PRESETS, ROOT, make_data, seconds_of, test_rows, train
+from photon.evidence.report import plot, result_of, signals, tables_of, write_tables
+from photon.evidence.trainings import PRESETS, ROOT, make_data, seconds_of, test_rows, train, turned
 from photon.run_folder import write_whole
 
 ROOT_ROWS = 1000  # questions of all tasks, for the model of this repository
@@ -48,6 +48,12 @@ def jobs(args, preset):
     ]
 
 
+def rows_of(name):
+    """The rows of a committed result, or `None`."""
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else None
+
+
 def main(argv=None):
     args = parse(argv)
     preset, folder = PRESETS[args.preset], args.output.resolve()
@@ -58,19 +64,18 @@ def main(argv=None):
         print(f"{number} of {len(asked)}: {arm.name}, seed {seed}", file=sys.stderr)
         final = train(folder, arm, seed, preset)
         controls = CONTROLS if seed == 0 else ()
-        records = measure(final, rows, folder / "cache", final.parent / "records.json", controls, dense=arm.dense)
+        asked_rows = [turned(row) for row in rows] if arm.question_first else rows
+        records = measure(final, asked_rows, folder / "cache", final.parent / "records.json", controls, dense=arm.dense)
         found.setdefault(arm.name, []).append((records, seconds_of(final.parent)))
     result = result_of(found, preset)
     write_whole(folder / "evidence.json", json.dumps(result, indent=1) + "\n")
-    print(arm_table(result))
+    print("\n\n".join(tables_of(result).values()))
     if args.report:
         rows = test_rows(folder, ROOT_ROWS)
         result["root"] = signals(measure(ROOT, rows, folder / "cache", folder / "root" / "records.json", ("other",)))
         write_whole(ROOT / "benchmarks" / "results" / "evidence.json", json.dumps(result, indent=1) + "\n")
         plot(result, ROOT / "docs" / "evidence.png")
-        surrogate = ROOT / "benchmarks" / "results" / "surrogate.json"
-        rows = json.loads(surrogate.read_text(encoding="utf-8"))["rows"] if surrogate.is_file() else None
-        write_tables(result, ROOT / "docs" / "evidence.md", rows)
+        write_tables(result, ROOT / "docs" / "evidence.md", rows_of("surrogate"), rows_of("organs"))
 
 
 if __name__ == "__main__":

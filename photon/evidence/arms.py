@@ -1,11 +1,15 @@
 """The trainings that are compared. All begin with one fresh decoder and the root's vision tower, which stays as it is.
 
-An arm is what `train_hf.py` is told beyond `configs/recipe_tiny_exact.yaml`. Arms of one table have equal steps.
+An arm is what `train_hf.py` is told beyond `configs/recipe_tiny_exact.yaml`. Arms of one table have equal steps, except
+where an arm names its own. The tables: "arms", the rules and budgets; "constants", the exact cut with one thing changed;
+"places", a deeper model that is trained on all tokens first, and then cut after one layer or another.
 """
 
 from dataclasses import dataclass, field
 
 DENSE = ("--stage", "dense", "--parts", "decoder", "--pack-questions", "--questions-together", "8")
+GO_ON = ("--learning-rate", "7e-4", "--muon-learning-rate", "1e-3")  # lower, for a model that is trained
+DEPTH, DEEP_STEPS, PLACE_STEPS = 12, 1.6, 0.24  # layers; multiples of the preset's steps
 MINMAX = {"saliency_scale": "minmax", "keep_budget": None}
 
 
@@ -14,7 +18,9 @@ class Arm:
     """One way to train.
 
     Args: name; says: what it is, for the table; photon: fields of `PhotonConfig`; options: of `train_hf.py`; labelled:
-        share of patients whose label maps teach what to keep; seeds: how many; dense: keeps all tokens.
+        share of patients whose label maps teach what to keep; seeds: how many; dense: keeps all tokens; table: where it
+        is shown; question_first: the question stands before the scan; layers: of the decoder; begins: the arm whose
+        trained model it goes on with; steps: instead of the preset's, as a multiple of them.
     """
 
     name: str
@@ -24,6 +30,11 @@ class Arm:
     labelled: float = 0.0
     seeds: int = 3
     dense: bool = False
+    table: str = "arms"
+    question_first: bool = False
+    layers: int | None = None
+    begins: str | None = None
+    steps: float = 1.0
 
 
 def surrogate(name, rule, says, **more):
@@ -61,4 +72,37 @@ ARMS = (
         {"surrogate": "release", "saliency": "logits", "saliency_gradient": False, "band_weight": 1.0} | MINMAX,
         seeds=1,
     ),
-)
+    *(
+        Arm(name, says, photon, options, seeds=1, table="constants", **more)
+        for name, says, photon, options, more in (
+            ("robust", "15 % of rows with a perturbed scan", {"robust_probability": 0.15}, (), {}),
+            ("flip", "5 % of rows keep what they would drop", {"flip_probability": 0.05}, (), {}),
+            ("question_first", "the question before the scan", {}, (), {"question_first": True}),
+            ("slope_half", "`gate_slope` 1.5", {"gate_slope": 1.5}, (), {}),
+            ("slope_twice", "`gate_slope` 6", {"gate_slope": 6.0}, (), {}),
+            ("temperature_half", "`gate_temperature` 0.25", {"gate_temperature": 0.25}, (), {}),
+            ("temperature_twice", "`gate_temperature` 1", {"gate_temperature": 1.0}, (), {}),
+            ("stretch_half", "gates from −0.05 to 1.05", {"gate_low": -0.05, "gate_high": 1.05}, (), {}),
+            ("stretch_twice", "gates from −0.2 to 1.2", {"gate_low": -0.2, "gate_high": 1.2}, (), {}),
+            ("budget_early", "budget reached at half the step", {}, ("--budget-end", "0.125"), {}),
+            ("budget_late", "budget reached at twice the step", {}, ("--budget-end", "0.5"), {}),
+        )
+    ),
+    Arm("deep", "all tokens", options=DENSE, dense=True, table="places", seeds=1, layers=DEPTH, steps=DEEP_STEPS),
+    Arm(
+        "deep_on", "all tokens, trained on", options=(*DENSE, *GO_ON), dense=True, table="places", seeds=1, layers=DEPTH,
+        begins="deep", steps=PLACE_STEPS,
+    ),
+    *(
+        Arm(
+            f"deep_{name}", says, {"scheduler_layer": layer}, GO_ON, table="places", seeds=1, layers=DEPTH, begins="deep",
+            steps=PLACE_STEPS,
+        )
+        for name, says, layer in (
+            ("front", "before layer 0", -1),
+            ("eighth", "after layer 1, L/8", DEPTH // 8),
+            ("quarter", "after layer 2, L/4 − 1 (the paper)", DEPTH // 4 - 1),
+            ("half", "after layer 6, L/2", DEPTH // 2),
+        )
+    ),
+)  # fmt: skip

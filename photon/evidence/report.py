@@ -11,10 +11,12 @@ from photon.evaluation.resampling import Sums
 from photon.evidence.arms import ARMS
 from photon.evidence.grounding import reliability
 from photon.evidence.questions import question_effect
+from photon.evidence.trainings import steps_of
 
 TASKS = ("presence", "side", "attenuation", "fov", "count", "largest", "size_choice", "size_open", "comparison")
 DRAWS = 2000
 TOKENS = ("tokens", "kept_tokens", "organ", "organ_kept", "lesion", "lesion_kept")
+LAYERS = 4  # of the root's decoder
 MARK = "<!-- {}: begin -->\n{}\n<!-- {}: end -->"
 
 
@@ -61,6 +63,13 @@ def evidence_found(records):
     }
 
 
+def layer_averaged(arm, kept):
+    """Share of the tokens that a decoder layer sees, the mean over its layers; kept: share after the cut."""
+    full = 1 + arm.photon.get("scheduler_layer", -1)  # layers below the cut
+    layers = LAYERS if arm.layers is None else arm.layers
+    return round((full + (layers - full) * kept) / layers, 4)
+
+
 def signals(records):
     """What one model keeps, whether the question decides it, and what grounding tells, as JSON takes it."""
     row = {"evidence": evidence_found(records), "question": question_effect(records)}
@@ -74,12 +83,14 @@ def result_of(found, preset):
         seeds = found[arm.name]
         together = [record for records, _ in seeds for record in records]
         seconds = [s for _, s in seeds if s is not None]
-        row = {"arm": arm.name, "says": arm.says, "seeds": len(seeds), "steps": preset.steps}
+        row = {"arm": arm.name, "says": arm.says, "table": arm.table, "seeds": len(seeds)}
+        row["steps"] = steps_of(arm, preset)
         row["seconds"] = round(float(np.mean(seconds))) if seconds else None
         row["accuracy"] = accuracies(together, "own")
         row["mean_by_seed"] = [accuracies(records, "own")["mean"][0] for records, _ in seeds]
         if not arm.dense:
             row["evidence"] = evidence_found(together)
+            row["layer_averaged"] = layer_averaged(arm, row["evidence"]["kept"][0])
             row["recall_by_seed"] = [evidence_found(records)["organ_recall"][0] for records, _ in seeds]
             first = seeds[0][0]
             row["controls"] = {name: accuracies(first, name)["mean"] for name in first[0]["right"] if name != "own"}
@@ -109,9 +120,10 @@ def percent(figure, bounds=True):
     return f"{value:.1f} ({low:.1f} to {high:.1f})" if bounds else f"{value:.1f}"
 
 
-def arm_table(result):
-    """The table of accuracies and found evidence, in Markdown."""
+def arm_table(result, table="arms"):
+    """One table of accuracies and found evidence, in Markdown. table: of `Arm.table`; the exact cut heads "constants"."""
     tasks = [task for task in TASKS if task in result["rows"][0]["accuracy"]]
+    rows = [row for row in result["rows"] if row["table"] == table or (row["arm"], table) == ("exact", "constants")]
     head = [
         "arm",
         "seeds",
@@ -124,12 +136,25 @@ def arm_table(result):
         "mean (95 %)",
     ]
     lines = ["| " + " | ".join(name.replace("_", " ") for name in head) + " |", "|---" * len(head) + "|"]
-    for row in result["rows"]:
+    for row in rows:
         evidence = row.get("evidence", {})
         names = ("kept", "organ_recall", "organ_precision", "lesion_recall")
         cells = [row["says"], row["seeds"], row["seconds"] or ""]
         cells += [percent(evidence.get(name), bounds=False) for name in names]
         cells += [percent(row["accuracy"][task], bounds=False) for task in tasks] + [percent(row["accuracy"]["mean"])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def place_table(result):
+    """What a cut at each place of the deeper model costs, in Markdown."""
+    lines = ["| cut | steps | seconds | kept | tokens a layer | mean (95 %) | no token left | random, as many |"]
+    lines.append("|---" * 8 + "|")
+    for row in (row for row in result["rows"] if row["table"] == "places"):
+        cells = [row["says"], row["steps"], row["seconds"] or "", percent(row.get("evidence", {}).get("kept"), False)]
+        cells += [f"{100 * row['layer_averaged']:.1f}" if "layer_averaged" in row else "100"]
+        cells += [percent(row["accuracy"]["mean"])]
+        cells += [percent(row.get("controls", {}).get(name)) for name in ("none", "random")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -140,7 +165,7 @@ def control_table(result):
              "other": "another patient's scan"}  # fmt: skip
     lines = ["| arm | as trained | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
     for row in result["rows"]:
-        if "controls" in row:
+        if "controls" in row and row["table"] == "arms":
             cells = [row["says"], f"{100 * row['mean_by_seed'][0]:.1f}"]
             cells += [percent(row["controls"].get(name), bounds=False) for name in names]
             lines.append("| " + " | ".join(cells) + " |")
@@ -152,7 +177,7 @@ def signal_table(result):
     lines = ["| arm | same organ | other organ | difference | p | right from wrong | own scan from another's |"]
     lines.append("|---" * 7 + "|")
     shipped = [{"says": "the model of this repository, nine tasks", **result["root"]}] if "root" in result else []
-    for row in [*result["rows"], *shipped]:
+    for row in [*(row for row in result["rows"] if row["table"] != "places"), *shipped]:
         if "question" in row and row["question"]["difference"] is not None:
             effect, found = row["question"], row.get("grounding", {})
             cells = [row["says"], *(f"{effect[name]:.3f}" for name in ("same_organ", "other_organ", "difference"))]
@@ -177,13 +202,32 @@ def surrogate_table(rows):
     return "\n".join(lines)
 
 
-def write_tables(result, page, surrogate=None):
-    """Puts the tables between their marks in a Markdown page. surrogate: rows of `benchmarks/surrogate.py`. Raises
-    `ValueError` where the page has no such marks."""
+def tables_of(result):
+    """{mark: table in Markdown} of all tables that are made of the arms."""
+    arms = {"arms": arm_table(result), "constants": arm_table(result, "constants"), "places": place_table(result)}
+    return arms | {"controls": control_table(result), "signal": signal_table(result)}
+
+
+def organ_table(rows):
+    """What questions about a real scan's organs keep of them, of `photon.evidence.organs`, in Markdown."""
+    lines = ["| organ | its tokens | asked about it | asked about another | against chance |", "|---" * 5 + "|"]
+    for row in rows:
+        lines.append(
+            f"| {row['organ']} | {row['tokens']} | {100 * row['own']:.0f} | {100 * row['other']:.0f} | "
+            f"{row['enrichment']:.1f} times |"
+        )
+    return "\n".join(lines)
+
+
+def write_tables(result, page, surrogate=None, organs=None):
+    """Puts the tables between their marks in a Markdown page. surrogate, organs: rows of `benchmarks/surrogate.py` and
+    `photon.evidence.organs`. Raises `ValueError` where the page has no such marks."""
     text = page.read_text(encoding="utf-8")
-    tables = {"arms": arm_table(result), "controls": control_table(result), "signal": signal_table(result)}
+    tables = tables_of(result)
     if surrogate is not None:
         tables["surrogate"] = surrogate_table(surrogate)
+    if organs is not None:
+        tables["organs"] = organ_table(organs)
     for name, table in tables.items():
         pattern = re.compile(MARK.format(name, ".*?", name), re.DOTALL)
         if not pattern.search(text):
@@ -200,7 +244,8 @@ def plot(result, file):
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    for number, row in enumerate(row for row in result["rows"] if "evidence" in row):
+    shown = [row for row in result["rows"] if "evidence" in row and row["table"] == "arms"]
+    for number, row in enumerate(shown):
         means = [100 * value for value in row["mean_by_seed"]]
         recalls = [100 * value for value in row["recall_by_seed"]]
         axis.scatter(recalls, means, color=f"C{number % 10}", marker="os^D"[number // 10], label=row["arm"])

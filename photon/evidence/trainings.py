@@ -67,22 +67,32 @@ def make_data(folder, preset):
                     os.cpu_count() or 1, "--seed", seed, *shares, *PHANTOMS)  # fmt: skip
 
 
-def make_start(folder, seed):
-    """Untrained weights behind the root's vision tower."""
-    start = folder / f"start{seed}"
+def make_start(folder, seed, layers=None):
+    """Untrained weights behind the root's vision tower. layers: of the decoder; default the root's."""
+    start = folder / (f"start{seed}" if layers is None else f"start{seed}-{layers}")
     if not (start / "model.safetensors").is_file():
-        command("scripts/build_root.py", "--output", start, "--tower", ROOT, "--seed", seed)
+        deeper = [] if layers is None else ["--layers", layers]
+        command("scripts/build_root.py", "--output", start, "--tower", ROOT, "--seed", seed, *deeper)
     return start
 
 
 def train(folder, arm, seed, preset):
-    """Trains an arm with a seed, or goes on with it. Returns the folder of the trained model."""
+    """Trains an arm with a seed, or goes on with it. Returns the folder of the trained model. Raises `RuntimeError`
+    where the arm goes on with another one that is not trained yet."""
     run = folder / f"{arm.name}-{seed}"
     if (run / "final" / "model.safetensors").is_file():
         return run / "final"
     data = folder / "train" / "train.jsonl"
     if arm.labelled:
         data = labelled_rows(folder, arm.labelled)
+    elif arm.question_first:
+        data = turned_rows(folder)
+    if arm.begins is None:
+        start = make_start(folder, seed, arm.layers)
+    else:
+        start = folder / f"{arm.begins}-{seed}" / "final"
+        if not (start / "model.safetensors").is_file():
+            raise RuntimeError(f"{arm.name} goes on with {arm.begins}, which is not trained: name it in --arms too")
     photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
     labels = ["--evidence-weight", "1"] if arm.labelled else []
     resume = ["--resume"] if (run / "run.json").is_file() else []
@@ -91,8 +101,8 @@ def train(folder, arm, seed, preset):
         (run / RESUMED).touch()
     with open(folder / f"{run.name}.log", "ab") as log:
         command(
-            "train_hf.py", RECIPE, "--model", make_start(folder, seed), "--output-dir", run, "--train-data", data,
-            "--cache-dir", folder / "cache", "--cache-features", "--use-cpu", "--max-steps", preset.steps,
+            "train_hf.py", RECIPE, "--model", start, "--output-dir", run, "--train-data", data,
+            "--cache-dir", folder / "cache", "--cache-features", "--use-cpu", "--max-steps", steps_of(arm, preset),
             "--per-device-train-batch-size", preset.batch, "--seed", seed, "--save-total-limit", "4",
             *arm.options, *labels,
             *(["--tasks", *preset.tasks] if preset.tasks else []),
@@ -109,6 +119,27 @@ def labelled_rows(folder, share):
         patients = sorted({row["patient"] for row in rows})
         kept = set(patients[: max(1, round(share * len(patients)))])
         rows = [row if row["patient"] in kept else {**row, "evidence": []} for row in rows]
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def steps_of(arm, preset):
+    """How many steps an arm is trained, after the arm that it goes on with."""
+    return max(round(arm.steps * preset.steps), 1)
+
+
+def turned(row):
+    """A row whose question stands before its scans."""
+    asked, *others = row["messages"]
+    parts = sorted(asked["content"], key=lambda part: part["type"] == "volume")
+    return {**row, "messages": [{**asked, "content": parts}, *others]}
+
+
+def turned_rows(folder):
+    """The training rows with the question before the scans."""
+    file = folder / "train" / "train_turned.jsonl"
+    if not file.is_file():
+        rows = [turned(json.loads(line)) for line in open(folder / "train" / "train.jsonl", encoding="utf-8")]
         write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
 
