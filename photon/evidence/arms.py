@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 DENSE = ("--stage", "dense", "--parts", "decoder", "--pack-questions", "--questions-together", "8")
 GO_ON = ("--learning-rate", "7e-4", "--muon-learning-rate", "1e-3")  # lower, for a model that is trained
-DEPTH, DEEP_STEPS, PLACE_STEPS = 12, 1.6, 0.24  # layers; multiples of the preset's steps
+DEPTH, DEEP_STEPS, PLACE_STEPS = 12, 1.0, 0.2  # layers; multiples of the preset's steps
 MINMAX = {"saliency_scale": "minmax", "keep_budget": None}
 
 
