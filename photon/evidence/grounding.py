@@ -3,6 +3,8 @@
 import numpy as np
 from scipy.stats import rankdata
 
+from photon.evaluation.resampling import interval
+
 DRAWS = 1000
 
 
@@ -25,8 +27,8 @@ def with_interval(values, positive, patients, seed=0):
     for _ in range(DRAWS):
         chosen = np.concatenate([members[i] for i in random.integers(len(members), size=len(members))])
         drawn.append(auroc(values[chosen], positive[chosen]))
-    figures = auroc(values, positive), *np.nanpercentile(drawn, [2.5, 97.5])
-    return [None if np.isnan(figure) else round(float(figure), 4) for figure in figures]
+    found = interval(auroc(values, positive), np.array(drawn))
+    return [None if found[name] is None else round(found[name], 4) for name in ("value", "low", "high")]
 
 
 def reliability(records):
