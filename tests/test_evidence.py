@@ -96,7 +96,7 @@ def test_a_page_without_marks_is_refused(tmp_path):
     page.write_text("<!-- arms: begin -->\nold\n<!-- arms: end -->\n", encoding="utf-8")
     row = {"arm": "dense", "says": "all tokens", "seeds": 1, "steps": 5, "seconds": 3, "table": "arms"}
     row["accuracy"] = {"presence": [0.5, 0.4, 0.6], "mean": [0.5, 0.4, 0.6]}
-    with pytest.raises(ValueError, match="constants: begin"):
+    with pytest.raises(ValueError, match="methods: begin"):
         write_tables({"rows": [row]}, page)
 
 

@@ -63,9 +63,11 @@ def main(argv=None):
     for number, (arm, seed) in enumerate(asked, start=1):
         print(f"{number} of {len(asked)}: {arm.name}, seed {seed}", file=sys.stderr)
         final = train(folder, arm, seed, preset)
-        controls = CONTROLS if seed == 0 else ()
+        controls = CONTROLS if seed == 0 and arm.method is None else ()
         asked_rows = [turned(row) for row in rows] if arm.question_first else rows
-        records = measure(final, asked_rows, folder / "cache", final.parent / "records.json", controls, dense=arm.dense)
+        records = measure(
+            final, asked_rows, folder / "cache", final.parent / "records.json", controls, arm.dense, arm.method
+        )
         found.setdefault(arm.name, []).append((records, seconds_of(final.parent)))
     result = result_of(found, preset)
     write_whole(folder / "evidence.json", json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """The trainings that are compared. All begin with one fresh decoder and the root's vision tower, which stays as it is.
 
 An arm is what `train_hf.py` is told beyond `configs/recipe_tiny_exact.yaml`. Arms of one table have equal steps, except
-where an arm names its own. The tables: "arms", the rules and budgets; "constants", the exact cut with one thing changed;
+where an arm names its own. The tables: "arms", the rules and budgets; "methods", other ways to choose, which train as long;
+"constants", the exact cut with one thing changed;
 "places", a deeper model that is trained on all tokens first, and then cut after one layer or another.
 """
 
@@ -9,7 +10,9 @@ from dataclasses import dataclass, field
 
 DENSE = ("--stage", "dense", "--parts", "decoder", "--pack-questions", "--questions-together", "8")
 GO_ON = ("--learning-rate", "7e-4", "--muon-learning-rate", "1e-3")  # lower, for a model that is trained
+KEPT = 0.1  # of the tokens, by other methods
 DEPTH, DEEP_STEPS, PLACE_STEPS = 12, 1.0, 0.2  # layers; multiples of the preset's steps
+NOTHING_LEARNT = {"surrogate": "release", "saliency_gradient": False}  # of Photon's scheduler
 MINMAX = {"saliency_scale": "minmax", "keep_budget": None}
 
 
@@ -20,7 +23,8 @@ class Arm:
     Args: name; says: what it is, for the table; photon: fields of `PhotonConfig`; options: of `train_hf.py`; labelled:
         share of patients whose label maps teach what to keep; seeds: how many; dense: keeps all tokens; table: where it
         is shown; question_first: the question stands before the scan; layers: of the decoder; begins: the arm whose
-        trained model it goes on with; steps: instead of the preset's, as a multiple of them.
+        trained model it goes on with; steps: instead of the preset's, as a multiple of them; method: of
+        `photon.schedulers`, which chooses `KEPT` of the tokens in place of Photon's scheduler.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Arm:
     layers: int | None = None
     begins: str | None = None
     steps: float = 1.0
+    method: str | None = None
 
 
 def surrogate(name, rule, says, **more):
@@ -48,19 +53,6 @@ ARMS = (
     surrogate("release", "release", "release's sign, with a gradient to the ranking, 10 %"),
     surrogate("taylor", "taylor", "first-order sign, with a gradient to the ranking, 10 %"),
     surrogate("gate", "gate", "gates on the logits, zero after the soft phase, 10 %"),
-    Arm(
-        "random",
-        "random tokens, 10 %",
-        {"surrogate": "release", "saliency_gradient": False},
-        ("--scheduler", "random"),
-    ),
-    Arm(
-        "stride",
-        "every tenth token",
-        {"surrogate": "release", "saliency_gradient": False},
-        ("--scheduler", "stride"),
-        seeds=1,
-    ),
     Arm("labels100", "exact cut, label maps of all patients", labelled=1.0),
     Arm("labels10", "exact cut, label maps of 10 % of patients", labelled=0.1, seeds=1),
     Arm("labels1", "exact cut, label maps of 1 % of patients", labelled=0.01, seeds=1),
@@ -71,6 +63,18 @@ ARMS = (
         "release as published: the threshold alone learns, band 0.3 to 0.8",
         {"surrogate": "release", "saliency": "logits", "saliency_gradient": False, "band_weight": 1.0} | MINMAX,
         seeds=1,
+    ),
+    *(
+        Arm(name, says, NOTHING_LEARNT | {"scheduler_layer": layer}, table="methods", seeds=seeds, method=name)
+        for name, says, layer, seeds in (
+            ("random", "random tokens", -1, 3),
+            ("stride", "every tenth token", -1, 1),
+            ("pooling", "3D average pooling (M3D)", -1, 1),
+            ("perceiver", "latents of a perceiver (RadFM)", -1, 1),
+            ("divprune", "DivPrune", -1, 1),
+            ("pyramid", "PyramidDrop, from layer 0 on", 0, 1),
+            ("atp", "ATP-LLaVA, after layer 0", 0, 1),
+        )
     ),
     *(
         Arm(name, says, photon, options, seeds=1, table="constants", **more)

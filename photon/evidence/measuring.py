@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from photon.evaluation.dealing import batches, grouped
@@ -17,6 +16,7 @@ from photon.evaluation.encoded_scans import EncodedScans
 from photon.evaluation.measures import same_answer
 from photon.evaluation.models import load_model
 from photon.evaluation.swapping import swapped
+from photon.evidence.arms import KEPT
 from photon.run_folder import write_whole
 from photon.schedulers import use_scheduler
 from photon.training.losses.evidence import evidence_tokens
@@ -27,39 +27,47 @@ CLASSES = 11  # labels of the phantoms' maps, and background
 CONTROLS = ("none", "random", "flipped", "other")  # beside "own", the model as it is
 
 
-class Recorder(nn.Module):
-    """A scheduler that lets another one choose, and keeps what it chose: `schedule`, of the last prompt."""
+class Recorder:
+    """What a scheduler chose for the last prompt: `schedule`."""
 
-    def __init__(self, reference):
-        super().__init__()
-        self.reference, self.needs, self.schedule = reference, reference.needs, None
+    def __init__(self, scheduler):
+        self.schedule = None
+        scheduler.register_forward_hook(self._note)
 
-    def forward(self, inputs):
-        self.schedule = self.reference(inputs)
-        return self.schedule
+    def _note(self, module, args, schedule):
+        self.schedule = schedule
 
 
-def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False):
+def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, method=None):
     """Measures the model in folder `source` on rows of phantoms; writes and returns a list of records.
 
     Args: rows: of `trainings.test_rows`; cache_dir: folder of preprocessed scans; output: the JSON file, read instead
-        where it exists; controls: some of `CONTROLS`, and grounding with "other"; dense: the model keeps all tokens.
+        where it exists; controls: some of `CONTROLS`, and grounding with "other"; dense: the model keeps all tokens; method: the one it was
+        trained with, which chooses `KEPT` of them.
     """
     if Path(output).is_file():
         return json.loads(Path(output).read_text(encoding="utf-8"))
-    model = load_model(str(source), torch.device("cpu"), max_new_tokens=LONGEST_ANSWER, cache_dir=str(cache_dir))
+    model = load_model(
+        str(source),
+        torch.device("cpu"),
+        scheduler="on" if method is None else method,
+        scheduling=None if method is None else {"keep_ratio": KEPT},
+        max_new_tokens=LONGEST_ANSWER,
+        cache_dir=str(cache_dir),
+    )
+    options = {"use_scheduler": False} if dense else model.options
     named = ("id", "patient", "task", "evidence")
     records = {row["id"]: {name: row[name] for name in named} | {"right": {}, "grounding": {}} for row in rows}
-    own = Recorder(model.model.model.language_model.scheduler)
+    scheduler = model.model.model.language_model.scheduler
+    own = Recorder(scheduler)
     labels = TokenLabels(model.processor.image_processor, CLASSES, cache_dir)
     for condition in ("own", *(() if dense else controls)):
-        model.model.set_scheduler(own)
-        model.options, model.prefix_of = {"use_scheduler": False} if dense else {}, None
+        model.model.set_scheduler(scheduler)
+        model.options, model.prefix_of = options, None
         model.grounding = "other" in controls and condition in ("own", "other")
         if condition == "none":
             model.options = {"token_budget": 0}
         elif condition in ("random", "flipped"):
-            model.model.set_scheduler(own.reference)
             use_scheduler(model.model, condition)
         asked = swapped(rows) if condition == "other" else rows
         groups = grouped(asked)

@@ -90,7 +90,8 @@ def result_of(found, preset):
         row["mean_by_seed"] = [accuracies(records, "own")["mean"][0] for records, _ in seeds]
         if not arm.dense:
             row["evidence"] = evidence_found(together)
-            row["layer_averaged"] = layer_averaged(arm, row["evidence"]["kept"][0])
+            if arm.table == "places":
+                row["layer_averaged"] = layer_averaged(arm, row["evidence"]["kept"][0])
             row["recall_by_seed"] = [evidence_found(records)["organ_recall"][0] for records, _ in seeds]
             first = seeds[0][0]
             row["controls"] = {name: accuracies(first, name)["mean"] for name in first[0]["right"] if name != "own"}
@@ -121,9 +122,9 @@ def percent(figure, bounds=True):
 
 
 def arm_table(result, table="arms"):
-    """One table of accuracies and found evidence, in Markdown. table: of `Arm.table`; the exact cut heads "constants"."""
+    """One table of accuracies and found evidence, in Markdown. table: of `Arm.table`; the exact cut heads the others, too."""
     tasks = [task for task in TASKS if task in result["rows"][0]["accuracy"]]
-    rows = [row for row in result["rows"] if row["table"] == table or (row["arm"], table) == ("exact", "constants")]
+    rows = [row for row in result["rows"] if row["table"] == table or row["arm"] == "exact"]
     head = [
         "arm",
         "seeds",
@@ -204,8 +205,8 @@ def surrogate_table(rows):
 
 def tables_of(result):
     """{mark: table in Markdown} of all tables that are made of the arms."""
-    arms = {"arms": arm_table(result), "constants": arm_table(result, "constants"), "places": place_table(result)}
-    return arms | {"controls": control_table(result), "signal": signal_table(result)}
+    arms = {name: arm_table(result, name) for name in ("arms", "methods", "constants")}
+    return arms | {"places": place_table(result)} | {"controls": control_table(result), "signal": signal_table(result)}
 
 
 def organ_table(rows):

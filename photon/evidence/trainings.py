@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from photon.evidence.arms import KEPT
 from photon.run_folder import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,7 @@ def train(folder, arm, seed, preset):
             raise RuntimeError(f"{arm.name} goes on with {arm.begins}, which is not trained: name it in --arms too")
     photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
     labels = ["--evidence-weight", "1"] if arm.labelled else []
+    method = [] if arm.method is None else ["--scheduler", arm.method, "--keep-ratio", KEPT]
     resume = ["--resume"] if (run / "run.json").is_file() else []
     run.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -104,7 +106,7 @@ def train(folder, arm, seed, preset):
             "train_hf.py", RECIPE, "--model", start, "--output-dir", run, "--train-data", data,
             "--cache-dir", folder / "cache", "--cache-features", "--use-cpu", "--max-steps", steps_of(arm, preset),
             "--per-device-train-batch-size", preset.batch, "--seed", seed, "--save-total-limit", "4",
-            *arm.options, *labels,
+            *arm.options, *labels, *method,
             *(["--tasks", *preset.tasks] if preset.tasks else []),
             *(["--photon", *photon] if photon else []), *resume, log=log,
         )  # fmt: skip
