@@ -178,7 +178,7 @@ def signal_table(result):
     lines = ["| arm | same organ | other organ | difference | p | right from wrong | own scan from another's |"]
     lines.append("|---" * 7 + "|")
     shipped = [{"says": "the model of this repository, nine tasks", **result["root"]}] if "root" in result else []
-    for row in [*(row for row in result["rows"] if row["table"] != "places"), *shipped]:
+    for row in [*(row for row in result["rows"] if row["table"] not in ("methods", "places")), *shipped]:
         if "question" in row and row["question"]["difference"] is not None:
             effect, found = row["question"], row.get("grounding", {})
             cells = [row["says"], *(f"{effect[name]:.3f}" for name in ("same_organ", "other_organ", "difference"))]

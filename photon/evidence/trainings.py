@@ -9,6 +9,7 @@ from pathlib import Path
 
 from photon.evidence.arms import KEPT
 from photon.run_folder import write_whole
+from photon.schedulers import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOMS = (
@@ -97,6 +98,8 @@ def train(folder, arm, seed, preset):
     photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
     labels = ["--evidence-weight", "1"] if arm.labelled else []
     method = [] if arm.method is None else ["--scheduler", arm.method, "--keep-ratio", KEPT]
+    seen = set() if arm.method is None else SCHEDULERS[arm.method].needs & {"coordinates", "vision"}
+    stored = [] if seen else ["--cache-features"]  # which are what the tower gives, and not where or how
     resume = ["--resume"] if (run / "run.json").is_file() else []
     run.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -104,7 +107,7 @@ def train(folder, arm, seed, preset):
     with open(folder / f"{run.name}.log", "ab") as log:
         command(
             "train_hf.py", RECIPE, "--model", start, "--output-dir", run, "--train-data", data,
-            "--cache-dir", folder / "cache", "--cache-features", "--use-cpu", "--max-steps", steps_of(arm, preset),
+            "--cache-dir", folder / "cache", *stored, "--use-cpu", "--max-steps", steps_of(arm, preset),
             "--per-device-train-batch-size", preset.batch, "--seed", seed, "--save-total-limit", "4",
             *arm.options, *labels, *method,
             *(["--tasks", *preset.tasks] if preset.tasks else []),
