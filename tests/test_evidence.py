@@ -13,7 +13,7 @@ from photon.evidence.grounding import auroc, reliability
 from photon.evidence.organs import main as organs_command
 from photon.evidence.organs import organ_effect, recalls
 from photon.evidence.questions import jaccard, question_effect
-from photon.evidence.report import TASKS, accuracies, evidence_found, layer_averaged, write_tables
+from photon.evidence.report import TASKS, accuracies, evidence_found, layer_averaged, tables_of, write_tables
 from photon.evidence.trainings import PRESETS, ROOT, train, turned
 
 MARK_OF_TABLE = re.compile("<!-- ([a-z]+): begin -->")
@@ -97,7 +97,7 @@ def test_a_page_without_marks_is_refused(tmp_path):
     row = {"arm": "dense", "says": "all tokens", "seeds": 1, "steps": 5, "seconds": 3, "table": "arms"}
     row["accuracy"] = {"presence": [0.5, 0.4, 0.6], "mean": [0.5, 0.4, 0.6]}
     with pytest.raises(ValueError, match="methods: begin"):
-        write_tables({"rows": [row]}, page)
+        write_tables(tables_of({"rows": [row]}), page)
 
 
 def test_arms_have_names_of_their_own_and_tables_that_are_shown():

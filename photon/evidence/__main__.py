@@ -15,10 +15,11 @@ from pathlib import Path
 
 from photon.evidence.arms import ARMS
 from photon.evidence.measuring import CONTROLS, measure
-from photon.evidence.report import plot, result_of, signals, tables_of, write_tables
+from photon.evidence.report import arm_table, plot, result_of, signals, tables_of, write_tables
 from photon.evidence.trainings import PRESETS, ROOT, make_data, seconds_of, test_rows, train, turned
 from photon.run_folder import write_whole
 
+REPORTS = {"full": "evidence.json", "nine": "evidence_nine.json"}  # presets, and where their figures go
 ROOT_ROWS = 1000  # questions of all tasks, for the model of this repository
 
 
@@ -30,9 +31,12 @@ def parse(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="only these of each arm")
     parser.add_argument("--finished", action="store_true", help="only what has been trained and measured")
     parser.add_argument(
-        "--report", action="store_true", help="write benchmarks/results/evidence.json and docs/evidence.md"
+        "--report", action="store_true", help="write the figures to benchmarks/results and docs/evidence.md"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.report and args.preset not in REPORTS:
+        parser.error(f"--report is for the presets {' and '.join(REPORTS)}; {args.preset} is too small to tell")
+    return args
 
 
 def jobs(args, preset):
@@ -54,6 +58,20 @@ def rows_of(name):
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else None
 
 
+def report(result, name, folder):
+    """Writes the result and the tables of a preset, and of "full" also the plot and the model of this repository."""
+    results, page = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence.md"
+    if name == "full":
+        rows = test_rows(folder, ROOT_ROWS)
+        result["root"] = signals(measure(ROOT, rows, folder / "cache", folder / "root" / "records.json", ("other",)))
+        plot(result, ROOT / "docs" / "evidence.png")
+        tables = tables_of(result, rows_of("surrogate"), rows_of("organs"))
+    else:
+        tables = {name: arm_table(result)}
+    write_whole(results / REPORTS[name], json.dumps(result, indent=1) + "\n")
+    write_tables(tables, page)
+
+
 def main(argv=None):
     args = parse(argv)
     preset, folder = PRESETS[args.preset], args.output.resolve()
@@ -73,11 +91,8 @@ def main(argv=None):
     write_whole(folder / "evidence.json", json.dumps(result, indent=1) + "\n")
     print("\n\n".join(tables_of(result).values()))
     if args.report:
-        rows = test_rows(folder, ROOT_ROWS)
-        result["root"] = signals(measure(ROOT, rows, folder / "cache", folder / "root" / "records.json", ("other",)))
-        write_whole(ROOT / "benchmarks" / "results" / "evidence.json", json.dumps(result, indent=1) + "\n")
-        plot(result, ROOT / "docs" / "evidence.png")
-        write_tables(result, ROOT / "docs" / "evidence.md", rows_of("surrogate"), rows_of("organs"))
+        report(result, args.preset, folder)
+
 
 
 if __name__ == "__main__":

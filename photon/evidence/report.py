@@ -203,12 +203,6 @@ def surrogate_table(rows):
     return "\n".join(lines)
 
 
-def tables_of(result):
-    """{mark: table in Markdown} of all tables that are made of the arms."""
-    arms = {name: arm_table(result, name) for name in ("arms", "methods", "constants")}
-    return arms | {"places": place_table(result)} | {"controls": control_table(result), "signal": signal_table(result)}
-
-
 def organ_table(rows):
     """What questions about a real scan's organs keep of them, of `photon.evidence.organs`, in Markdown."""
     lines = ["| organ | its tokens | asked about it | asked about another | against chance |", "|---" * 5 + "|"]
@@ -220,15 +214,18 @@ def organ_table(rows):
     return "\n".join(lines)
 
 
-def write_tables(result, page, surrogate=None, organs=None):
-    """Puts the tables between their marks in a Markdown page. surrogate, organs: rows of `benchmarks/surrogate.py` and
-    `photon.evidence.organs`. Raises `ValueError` where the page has no such marks."""
+def tables_of(result, surrogate=None, organs=None):
+    """{mark: table in Markdown}, of all arms. surrogate, organs: rows of `benchmarks/surrogate.py` and
+    `photon.evidence.organs`."""
+    tables = {name: arm_table(result, name) for name in ("arms", "methods", "constants")}
+    tables |= {"places": place_table(result), "controls": control_table(result), "signal": signal_table(result)}
+    tables |= {} if surrogate is None else {"surrogate": surrogate_table(surrogate)}
+    return tables | ({} if organs is None else {"organs": organ_table(organs)})
+
+
+def write_tables(tables, page):
+    """Puts the tables between their marks in a Markdown page. Raises `ValueError` where the page has no such marks."""
     text = page.read_text(encoding="utf-8")
-    tables = tables_of(result)
-    if surrogate is not None:
-        tables["surrogate"] = surrogate_table(surrogate)
-    if organs is not None:
-        tables["organs"] = organ_table(organs)
     for name, table in tables.items():
         pattern = re.compile(MARK.format(name, ".*?", name), re.DOTALL)
         if not pattern.search(text):
