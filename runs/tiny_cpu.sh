@@ -57,6 +57,8 @@ train "settled$SEED" $EXACT "$FOLDER/letters$SEED/final" all 1400 "${CUT[@]}" --
 if [ "$TWIN" = 1 ]; then # the same decoder from all tokens, for as many seconds
   DENSE=(--stage dense --parts decoder --pack-questions --questions-together 8 --cache-features)
   train "dense$SEED" $EXACT "$FOLDER/start$SEED" train 2000 "${DENSE[@]}"
-  train "twin$SEED" $EXACT "$FOLDER/dense$SEED/final" all 600 "${DENSE[@]}"
+  train "dense_letters$SEED" $EXACT "$FOLDER/dense$SEED/final" all 1200 "${DENSE[@]}"
+  train "twin$SEED" $EXACT "$FOLDER/dense_letters$SEED/final" all 1200 "${DENSE[@]}" --seed "$((SEED + 1))" \
+    --learning-rate 7e-4 --muon-learning-rate 1e-3
 fi
 echo "The trained model is in $FOLDER/settled$SEED/final"
