@@ -7,6 +7,7 @@ stand beside the model's. Real scans are added where $PHOTON_TEST_DATA (default:
 """
 
 import argparse
+import locale
 import os
 import sys
 import textwrap
@@ -45,6 +46,7 @@ def write_dicom(image, folder):
     }
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    before = locale.setlocale(locale.LC_ALL)
     for index in range(image.GetSize()[2]):
         plane = image[:, :, index]
         position = image.TransformIndexToPhysicalPoint((0, 0, index))
@@ -58,6 +60,7 @@ def write_dicom(image, folder):
             plane.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{index:04d}.dcm"))
         writer.Execute(plane)
+    locale.setlocale(locale.LC_ALL, before)  # GDCM leaves "C", with which Python reads text files as ASCII
 
 
 def scans(output):
