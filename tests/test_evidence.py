@@ -53,6 +53,10 @@ def test_accuracies_and_what_was_found():
     found = accuracies(records, "own")
     assert (found["presence"][0], found["side"][0], found["mean"][0]) == (0.5, 1.0, 0.75)
     assert set(found) == {"presence", "side", "mean"} and set(found) - {"mean"} <= set(TASKS)
+    others = [record("a"), record("a"), record("b", "side"), record("b", "side", right=False)]
+    less = accuracies(records, "own", others)
+    assert (less["presence"][0], less["side"][0], less["mean"][0]) == (-0.5, 0.5, 0.0)
+    assert less["presence"] == [-0.5, -0.5, -0.5]  # each task has one patient: nothing to draw
     evidence = evidence_found(records)
     assert evidence["organ_recall"][0] == 0.4 and evidence["organ_precision"][0] == 0.8
     assert evidence["kept"][0] == 0.1 and evidence["organ_precision_of_chance"][0] == 0.2

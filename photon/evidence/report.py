@@ -31,13 +31,15 @@ def interval(records, parts, figure):
     return [None if found[name] is None else round(found[name], 4) for name in ("value", "low", "high")]
 
 
-def accuracies(records, condition):
-    """{task or "mean": [value, low, high]}, shares of questions answered right."""
+def accuracies(records, condition, less=None):
+    """{task or "mean": [value, low, high]}, shares of questions answered right. less: records of another model about the
+    same questions of the same seeds, whose shares are taken away; patients are drawn for both at once."""
     known = [task for task in TASKS if any(record["task"] == task for record in records)]
     parts = np.zeros((len(records), 2 * len(known)))
     for i, record in enumerate(records):
         column = known.index(record["task"])
-        parts[i, column], parts[i, len(known) + column] = record["right"][condition], 1
+        other = 0.0 if less is None else float(less[i]["right"][condition])
+        parts[i, column], parts[i, len(known) + column] = record["right"][condition] - other, 1
 
     def shares(sums):
         return sums[..., : len(known)] / sums[..., len(known) :]
@@ -98,6 +100,11 @@ def result_of(found, preset):
             row |= {name: value for name, value in signals(first).items() if name != "evidence"}
         rows.append(row)
     by_name = {row["arm"]: row for row in rows}
+    for name, row in by_name.items():
+        pairs = list(zip(found[name], found.get("exact", []), strict=False))  # seeds that both have
+        if pairs and name != "exact":
+            mine, exact = ([record for pair in pairs for record in pair[i][0]] for i in (0, 1))
+            row["minus_exact"] = accuracies(mine, "own", exact)
     ratios = {
         f"{name}_minus_dense": round(row["accuracy"]["mean"][0] - by_name["dense"]["accuracy"]["mean"][0], 4)
         for name, row in by_name.items()
@@ -135,6 +142,7 @@ def arm_table(result, table="arms"):
         "lesion recall",
         *tasks,
         "mean (95 %)",
+        "less the exact cut's (95 %)",
     ]
     lines = ["| " + " | ".join(name.replace("_", " ") for name in head) + " |", "|---" * len(head) + "|"]
     for row in rows:
@@ -142,7 +150,8 @@ def arm_table(result, table="arms"):
         names = ("kept", "organ_recall", "organ_precision", "lesion_recall")
         cells = [row["says"], row["seeds"], row["seconds"] or ""]
         cells += [percent(evidence.get(name), bounds=False) for name in names]
-        cells += [percent(row["accuracy"][task], bounds=False) for task in tasks] + [percent(row["accuracy"]["mean"])]
+        cells += [percent(row["accuracy"][task], bounds=False) for task in tasks]
+        cells += [percent(row["accuracy"]["mean"]), percent(row.get("minus_exact", {}).get("mean"))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
