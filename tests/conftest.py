@@ -5,6 +5,7 @@ Sizes differ on every axis, so that a swapped axis fails. No network, no GPU.
 
 import atexit
 import json
+import locale
 import math
 import os
 import shutil
@@ -152,6 +153,14 @@ def run_fresh(code, *args, cwd=None, home=None):
 
 
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """GDCM leaves the locale "C" when a test writes DICOM, with which Python reads text files as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="module")

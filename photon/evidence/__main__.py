@@ -94,6 +94,5 @@ def main(argv=None):
         report(result, args.preset, folder)
 
 
-
 if __name__ == "__main__":
     main()

@@ -1,9 +1,11 @@
 """The trainings that are compared. All begin with one fresh decoder and the root's vision tower, which stays as it is.
 
-An arm is what `train_hf.py` is told beyond `configs/recipe_tiny_exact.yaml`. Arms of one table have equal steps, except
-where an arm names its own. The tables: "arms", the rules and budgets; "methods", other ways to choose, which train as long;
-"constants", the exact cut with one thing changed;
-"places", a deeper model that is trained on all tokens first, and then cut after one layer or another.
+An arm is what `train_hf.py` is told beyond `configs/recipe_tiny_exact.yaml`. Arms of one table have equal steps,
+except where an arm names its own. The tables:
+- "arms": the rules and budgets;
+- "methods": other ways to choose, with which a decoder trains as long;
+- "constants": the exact cut with one thing changed;
+- "places": a deeper model that is trained on all tokens first, and then cut after one layer or another.
 """
 
 from dataclasses import dataclass, field
@@ -21,9 +23,9 @@ class Arm:
     """One way to train.
 
     Args: name; says: what it is, for the table; photon: fields of `PhotonConfig`; options: of `train_hf.py`; labelled:
-        share of patients whose label maps teach what to keep; seeds: how many; dense: keeps all tokens; table: where it
-        is shown; question_first: the question stands before the scan; layers: of the decoder; begins: the arm whose
-        trained model it goes on with; steps: instead of the preset's, as a multiple of them; method: of
+        share of patients whose label maps teach what to keep; seeds: how many; dense: keeps all tokens; table: in
+        which it is shown; question_first: the question stands before the scan; layers: of the decoder; begins: the arm
+        whose trained model it goes on with; steps: instead of the preset's, as a multiple of them; method: of
         `photon.schedulers`, which chooses `KEPT` of the tokens in place of Photon's scheduler.
     """
 
@@ -94,13 +96,13 @@ ARMS = (
     ),
     Arm("deep", "all tokens", options=DENSE, dense=True, table="places", seeds=1, layers=DEPTH, steps=DEEP_STEPS),
     Arm(
-        "deep_on", "all tokens, trained on", options=(*DENSE, *GO_ON), dense=True, table="places", seeds=1, layers=DEPTH,
-        begins="deep", steps=PLACE_STEPS,
+        "deep_on", "all tokens, trained on", options=(*DENSE, *GO_ON), dense=True, table="places", seeds=1,
+        layers=DEPTH, begins="deep", steps=PLACE_STEPS,
     ),
     *(
         Arm(
-            f"deep_{name}", says, {"scheduler_layer": layer}, GO_ON, table="places", seeds=1, layers=DEPTH, begins="deep",
-            steps=PLACE_STEPS,
+            f"deep_{name}", says, {"scheduler_layer": layer}, GO_ON, table="places", seeds=1, layers=DEPTH,
+            begins="deep", steps=PLACE_STEPS,
         )
         for name, says, layer in (
             ("front", "before layer 0", -1),

@@ -42,8 +42,8 @@ def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, met
     """Measures the model in folder `source` on rows of phantoms; writes and returns a list of records.
 
     Args: rows: of `trainings.test_rows`; cache_dir: folder of preprocessed scans; output: the JSON file, read instead
-        where it exists; controls: some of `CONTROLS`, and grounding with "other"; dense: the model keeps all tokens; method: the one it was
-        trained with, which chooses `KEPT` of them.
+        where it exists; controls: some of `CONTROLS`, and grounding with "other"; dense: the model keeps all tokens;
+        method: the one it was trained with, which chooses `KEPT` of them.
     """
     if Path(output).is_file():
         return json.loads(Path(output).read_text(encoding="utf-8"))

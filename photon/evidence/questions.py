@@ -1,8 +1,8 @@
 """Whether the question decides what is kept: pairs of questions on one scan.
 
 Two questions about one organ should keep more alike tokens than two about different organs. Only pairs of different
-tasks count, whose words differ either way: on one scan a task asks about an organ once. The test draws which organ each
-question of a scan is about anew, many times: if the question made no difference, the pairs would differ as much.
+tasks count, whose words differ either way: on one scan a task asks about an organ once. The test draws which organ
+each question of a scan is about anew, many times: if the question made no difference, the pairs would differ as much.
 """
 
 import itertools

@@ -32,8 +32,8 @@ def interval(records, parts, figure):
 
 
 def accuracies(records, condition, less=None):
-    """{task or "mean": [value, low, high]}, shares of questions answered right. less: records of another model about the
-    same questions of the same seeds, whose shares are taken away; patients are drawn for both at once."""
+    """{task or "mean": [value, low, high]}, shares of questions answered right. less: records of another model about
+    the same questions of the same seeds, whose shares are taken away; patients are drawn for both at once."""
     known = [task for task in TASKS if any(record["task"] == task for record in records)]
     parts = np.zeros((len(records), 2 * len(known)))
     for i, record in enumerate(records):
@@ -129,7 +129,7 @@ def percent(figure, bounds=True):
 
 
 def arm_table(result, table="arms"):
-    """One table of accuracies and found evidence, in Markdown. table: of `Arm.table`; the exact cut heads the others, too."""
+    """One table of accuracies and found evidence, in Markdown. table: of `Arm.table`; the exact cut heads each."""
     tasks = [task for task in TASKS if task in result["rows"][0]["accuracy"]]
     rows = [row for row in result["rows"] if row["table"] == table or row["arm"] == "exact"]
     head = [
@@ -201,7 +201,7 @@ def signal_table(result):
 
 def surrogate_table(rows):
     """What each estimate says of a deletion's cost, of `benchmarks/surrogate.py`, in Markdown."""
-    lines = ["| model | estimate | cases | Spearman (95 %) | right sign (95 %) | forwards |", "|---|---|---|---|---|---|"]
+    lines = ["| model | estimate | cases | Spearman (95 %) | right sign (95 %) | forwards |", "|---" * 6 + "|"]
     for row in rows:
         figures = (
             "{:.2f} ({:.2f} to {:.2f})".format(*(row[name + end] for end in ("", "_low", "_high")))
