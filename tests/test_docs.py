@@ -29,6 +29,11 @@ def test_the_tree_is_the_folder():
     assert sorted(named) == sorted(tracked())  # each once
 
 
+def test_no_file_is_hidden_from_git_and_the_linter():
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert not subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
+
+
 def test_the_quickstart_prints_what_is_written(tmp_path):
     (tmp_path / "demo").mkdir()
     demo.scans(tmp_path / "demo")
