@@ -31,7 +31,10 @@ def test_the_tree_is_the_folder():
 
 def test_no_file_is_hidden_from_git_and_the_linter():
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
-    assert not subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    if listed.returncode:
+        pytest.skip("a copy without its history")
+    assert not listed.stdout
 
 
 def test_the_quickstart_prints_what_is_written(tmp_path):
