@@ -15,6 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+# options of the benchmarks that put questions to a trained model
+QUESTIONS = {
+    "model": {"required": True, "metavar": "DIR", "help": "folder or Hub id of a Photon model"},
+    "data": {"required": True, "metavar": "FILE", "help": "questions, .jsonl"},
+    "limit": {"type": int, "help": "only so many questions"},
+    "cache_dir": {"metavar": "FOLDER", "help": "keep preprocessed scans in this folder"},
+}
+
+
 def arguments(description, presets, **options):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets, default=presets[0])

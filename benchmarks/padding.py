@@ -11,31 +11,19 @@ import sys
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from common import ROOT, arguments, report
+from common import QUESTIONS, ROOT, arguments, report
 
 sys.path.insert(0, str(ROOT))
 
 from photon.evaluation.dealing import batches, grouped
 from photon.evaluation.encoded_scans import EncodedScans
-from photon.evaluation.models import VolumeModel
+from photon.evaluation.models import load_model
 from photon.evaluation.questions import load_benchmark
+from photon.prompt_photon import recorded_outputs
 
 SIZES = (4, 8, 16)
-WORDS = 1  # tokens of each answer: the prompt is what is measured
-
-
-class Kept:
-    """Notes how many places each row of a prompt keeps, from a model's decoder."""
-
-    def __init__(self, decoder):
-        self.rows = []
-        decoder.register_forward_hook(self._note)
-
-    def _note(self, module, inputs, output):
-        if output.keep_index is not None:
-            self.rows.append((output.keep_index >= 0).sum(-1).tolist())
+WORDS = 1  # tokens of each answer, so that a call of the decoder is a prompt
 
 
 def padding(parts):
@@ -49,28 +37,21 @@ def split(lengths, size):
 
 
 def main():
-    options = arguments(
-        __doc__,
-        ["cpu"],
-        model={"required": True, "metavar": "DIR", "help": "folder or Hub id of a Photon model"},
-        data={"required": True, "metavar": "FILE", "help": "questions, .jsonl"},
-        limit={"type": int, "help": "only so many questions"},
-        cache_dir={"metavar": "FOLDER", "help": "keep preprocessed scans in this folder"},
-    )
+    options = arguments(__doc__, ["cpu"], **QUESTIONS)
     rows = load_benchmark("jsonl", options.data, limit=options.limit)
-    trusted = {"trust_remote_code": True}
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32, **trusted).eval()
-    processor = AutoProcessor.from_pretrained(options.model, **trusted)
-    answering = VolumeModel(processor, model, WORDS, cache_dir=options.cache_dir)
-    kept, groups = Kept(model.model.language_model), grouped(rows)
+    answering = load_model(
+        options.model, torch.device("cpu"), dtype="float32", max_new_tokens=WORDS, cache_dir=options.cache_dir
+    )
+    decoder, groups, recorded = answering.model.model.language_model, grouped(rows), {}
     scans = EncodedScans(answering, list(groups))
     by_scan = {size: [] for size in SIZES}
     for key, asked in tqdm(groups.items(), unit="scan"):
         encoded = scans.take(key)
         ordered = []
         for batch in batches(asked, max(SIZES), by_letter=False):
-            answering.answer(batch, encoded)
-            ordered += kept.rows.pop()
+            with recorded_outputs(recorded, decoder):
+                answering.answer(batch, encoded)
+            ordered += (recorded[decoder].keep_index >= 0).sum(-1).tolist()
         for size in SIZES:
             by_scan[size] += split(ordered, size)
     lengths = [length for part in by_scan[max(SIZES)] for length in part]

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from common import ROOT, arguments, report
+from common import QUESTIONS, ROOT, arguments, report
 
 sys.path.insert(0, str(ROOT))
 
@@ -35,14 +35,7 @@ def load(source, layer, saliency, cache_dir):
 
 
 def main():
-    options = arguments(
-        __doc__,
-        ["cpu"],
-        model={"required": True, "metavar": "DIR", "help": "folder or Hub id of a Photon model"},
-        data={"required": True, "metavar": "FILE", "help": "questions, .jsonl"},
-        limit={"type": int, "help": "only so many questions"},
-        cache_dir={"metavar": "FOLDER", "help": "keep preprocessed scans in this folder"},
-    )
+    options = arguments(__doc__, ["cpu"], **QUESTIONS)
     rows = load_benchmark("jsonl", options.data, limit=options.limit)
     models = {setting: load(options.model, *setting, options.cache_dir) for setting in SETTINGS}
     first, groups = next(iter(models.values())), grouped(rows)

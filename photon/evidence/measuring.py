@@ -17,6 +17,7 @@ from photon.evaluation.measures import same_answer
 from photon.evaluation.models import load_model
 from photon.evaluation.swapping import swapped
 from photon.evidence.arms import KEPT
+from photon.prompt_photon import recorded_outputs
 from photon.run_folder import write_whole
 from photon.schedulers import use_scheduler
 from photon.training.losses.evidence import evidence_tokens
@@ -25,17 +26,6 @@ from photon.training.losses.label_maps import PRESENT, TokenLabels
 BATCH, LONGEST_ANSWER = 16, 4  # questions at a time; tokens: each answer is one word
 CLASSES = 11  # labels of the phantoms' maps, and background
 CONTROLS = ("none", "random", "flipped", "other")  # beside "own", the model as it is
-
-
-class Recorder:
-    """What a scheduler chose for the last prompt: `schedule`."""
-
-    def __init__(self, scheduler):
-        self.schedule = None
-        scheduler.register_forward_hook(self._note)
-
-    def _note(self, module, args, schedule):
-        self.schedule = schedule
 
 
 def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, method=None):
@@ -59,7 +49,7 @@ def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, met
     named = ("id", "patient", "task", "evidence")
     records = {row["id"]: {name: row[name] for name in named} | {"right": {}, "grounding": {}} for row in rows}
     scheduler = model.model.model.language_model.scheduler
-    own = Recorder(scheduler)
+    chosen = {}
     labels = TokenLabels(model.processor.image_processor, CLASSES, cache_dir)
     for condition in ("own", *(() if dense else controls)):
         model.model.set_scheduler(scheduler)
@@ -77,13 +67,15 @@ def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, met
         ):
             taken = scans.take(key)
             for batch in batches(questions, BATCH, by_letter=False):
-                for place, (row, answer) in enumerate(zip(batch, model.answer(batch, taken), strict=True)):
+                with recorded_outputs(chosen, scheduler):
+                    answers = model.answer(batch, taken)
+                for place, (row, answer) in enumerate(zip(batch, answers, strict=True)):
                     record = records[row["id"]]
                     record["right"][condition] = bool(same_answer(answer["prediction"], row["answer"]))
                     if model.grounding:
                         record["grounding"][condition] = answer["grounding"]
                     if condition == "own" and not dense:
-                        schedule = own.schedule
+                        schedule = chosen[scheduler]
                         keep = schedule.keep_mask[place, : int(schedule.visual_count[place])]
                         record |= found_tokens(keep, row, labels) | {"places": keep.nonzero()[:, 0].tolist()}
                         record["scans"] = [scan["path"] for scan in row["volumes"]]

@@ -84,11 +84,6 @@ def train(folder, arm, seed, preset):
     run = folder / f"{arm.name}-{seed}"
     if (run / "final" / "model.safetensors").is_file():
         return run / "final"
-    data = folder / "train" / "train.jsonl"
-    if arm.labelled:
-        data = labelled_rows(folder, arm.labelled)
-    elif arm.question_first:
-        data = turned_rows(folder)
     if arm.begins is None:
         start = make_start(folder, seed, arm.layers)
     else:
@@ -106,7 +101,7 @@ def train(folder, arm, seed, preset):
         (run / RESUMED).touch()
     with open(folder / f"{run.name}.log", "ab") as log:
         command(
-            "train_hf.py", RECIPE, "--model", start, "--output-dir", run, "--train-data", data,
+            "train_hf.py", RECIPE, "--model", start, "--output-dir", run, "--train-data", training_rows(folder, arm),
             "--cache-dir", folder / "cache", *stored, "--use-cpu", "--max-steps", steps_of(arm, preset),
             "--per-device-train-batch-size", preset.batch, "--seed", seed, "--save-total-limit", "4",
             *arm.options, *labels, *method,
@@ -116,14 +111,21 @@ def train(folder, arm, seed, preset):
     return run / "final"
 
 
-def labelled_rows(folder, share):
-    """The training rows, of which the first `share` of patients keep their `evidence` and the others have none."""
-    file = folder / "train" / f"train_labels_{share:g}.jsonl"
+def training_rows(folder, arm):
+    """The file of an arm's training rows: with `labelled` the first patients keep their `evidence` and the others have
+    none, with `question_first` the question stands before the scans."""
+    whole = folder / "train" / "train.jsonl"
+    if not (arm.labelled or arm.question_first):
+        return whole
+    file = whole.with_name("train_turned.jsonl" if arm.question_first else f"train_labels_{arm.labelled:g}.jsonl")
     if not file.is_file():
-        rows = [json.loads(line) for line in open(folder / "train" / "train.jsonl", encoding="utf-8")]
-        patients = sorted({row["patient"] for row in rows})
-        kept = set(patients[: max(1, round(share * len(patients)))])
-        rows = [row if row["patient"] in kept else {**row, "evidence": []} for row in rows]
+        rows = [json.loads(line) for line in open(whole, encoding="utf-8")]
+        if arm.question_first:
+            rows = map(turned, rows)
+        else:
+            patients = sorted({row["patient"] for row in rows})
+            kept = set(patients[: max(1, round(arm.labelled * len(patients)))])
+            rows = (row if row["patient"] in kept else {**row, "evidence": []} for row in rows)
         write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -138,15 +140,6 @@ def turned(row):
     asked, *others = row["messages"]
     parts = sorted(asked["content"], key=lambda part: part["type"] == "volume")
     return {**row, "messages": [{**asked, "content": parts}, *others]}
-
-
-def turned_rows(folder):
-    """The training rows with the question before the scans."""
-    file = folder / "train" / "train_turned.jsonl"
-    if not file.is_file():
-        rows = [turned(json.loads(line)) for line in open(folder / "train" / "train.jsonl", encoding="utf-8")]
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def seconds_of(run):
