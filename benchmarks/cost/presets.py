@@ -3,14 +3,12 @@
 import json
 
 from common import ROOT
+from photon.conversion import RELEASE
 
 from .counting import Prompt
 
 # the release's: the share of tokens is given here, and other ways to score and to learn differ by less than a percent
-SCHEDULER = {
-    "saliency": "logits", "saliency_scale": "minmax", "saliency_gradient": False, "surrogate": "release",
-    "keep_budget": None,
-}  # fmt: skip
+SCHEDULER = RELEASE | {"band_weight": 0.0}
 CPU = SCHEDULER | {
     "text_config": {
         "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 1,
