@@ -45,6 +45,14 @@ def test_training_from_cached_features(arguments, data, read, tmp_path, more):  
     assert not read  # parts of the patches are alike in result
 
 
+def test_a_method_gets_the_places_of_cached_tokens(arguments, tmp_path):  # noqa: F811
+    """Rows with one scan, with two and with none; pooling needs each token's scan, depth, row and column."""
+    command = [*FROZEN, "--scheduler", "pooling", "--keep-ratio", "0.4", "--cache-dir", str(tmp_path / "cache")]
+    plain = train_hf.train(arguments("plain", *command, steps=3))
+    cached = train_hf.train(arguments("cached", *command, "--cache-features", steps=3))
+    assert_equal_logs(logged(cached), logged(plain))
+
+
 def test_another_tower_finds_nothing(arguments, model, read, tmp_path):  # noqa: F811
     from photon.loading import load
     from photon.training.memory import FeatureCache
@@ -64,6 +72,8 @@ def test_what_cannot_be_cached_is_refused(arguments, capsys):  # noqa: F811
         train_hf.train(arguments("a", "--cache-features", "--photon", "robust_probability=0"))
     with pytest.raises(ValueError, match="robust_probability=0"):
         train_hf.train(arguments("b", "--cache-features", *FROZEN[:3]))
+    with pytest.raises(ValueError, match="vision_attention, vision_keys"):
+        train_hf.train(arguments("v", "--cache-features", *FROZEN, "--scheduler", "visionzip", "--keep-ratio", "0.4"))
     command = arguments("c", "--cache-features")
     place = command.index("--cache-dir")
     with pytest.raises(SystemExit):

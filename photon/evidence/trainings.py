@@ -93,8 +93,8 @@ def train(folder, arm, seed, preset):
     photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
     labels = ["--evidence-weight", "1"] if arm.labelled else []
     method = [] if arm.method is None else ["--scheduler", arm.method, "--keep-ratio", KEPT]
-    seen = set() if arm.method is None else SCHEDULERS[arm.method].needs & {"coordinates", "vision"}
-    stored = [] if seen else ["--cache-features"]  # which are what the tower gives, and not where or how
+    within = arm.method is not None and "vision" in SCHEDULERS[arm.method].needs
+    stored = [] if within else ["--cache-features"]  # the tower's output, and not what happened within
     resume = ["--resume"] if (run / "run.json").is_file() else []
     run.mkdir(parents=True, exist_ok=True)
     if resume:

@@ -12,7 +12,7 @@ from torch.distributed._composable import checkpoint
 
 from photon.prefix_photon import digest_of, digest_of_weights
 from photon.processing_photon import source_and_options
-from photon.prompt_photon import PhotonVisionOutput
+from photon.prompt_photon import PhotonVisionOutput, grid_coordinates, scan_features
 from photon.scan_store_photon import VolumeStore
 from photon.whole_file import whole_file
 
@@ -45,7 +45,7 @@ class FeatureCache:
     that another tower, window or scan finds nothing here. Entries hold patient data as scans do.
 
     Args: folder; processor; model, whose tower must not train.
-    Raises: `ValueError` where the tower trains.
+    Raises: `ValueError` where the tower trains, or the scheduler needs what happens within it.
     """
 
     def __init__(self, folder, processor, model):
@@ -54,6 +54,12 @@ class FeatureCache:
             raise ValueError(
                 "--cache-features keeps the vision tower's output, but the tower trains. Freeze it with --parts "
                 "decoder scheduler, or leave --cache-features out."
+            )
+        within = {*scan_features(photon.language_model.scheduler)} - {"coordinates"}
+        if within:
+            raise ValueError(
+                "--cache-features keeps the vision tower's output alone, but the scheduler needs more of it: "
+                f"{', '.join(sorted(within))}. Leave --cache-features out."
             )
         settings = {"processor": processor.image_processor.settings}
         settings["tower"] = digest_of(photon.config.vision_config.to_dict(), *digest_of_weights(photon.visual))
@@ -82,15 +88,20 @@ class FeatureCache:
 
         Args: inputs: of a `Collator` with this cache.
         """
-        inputs, features = dict(inputs), inputs["features"]
+        photon, inputs, features = plain_model(model), dict(inputs), inputs["features"]
         tokens, grids = list(features["tokens"]), features["grids"]
         missing = [number for number, known in enumerate(tokens) if known is None]
         if missing:
             with torch.no_grad():
-                output = plain_model(model).get_video_features(inputs.pop("pixel_values_videos"), grids[missing])
+                output = photon.get_video_features(inputs.pop("pixel_values_videos"), grids[missing])
             for number, new in zip(missing, output.pooler_output, strict=True):
                 tokens[number] = new
                 self.save(features["keys"][number], new, grids[number])
         del inputs["features"]
-        encoded = PhotonVisionOutput(pooler_output=[tokens[number] for number in inputs["volume_index"].tolist()])
+        places = inputs["volume_index"].tolist()
+        encoded = PhotonVisionOutput(pooler_output=[tokens[number] for number in places])
+        if needed := scan_features(photon.language_model.scheduler):  # coordinates, which follow from the grid
+            merge = photon.visual.spatial_merge_size
+            encoded.deepstack_features = [[grid_coordinates(grids[number], merge) for number in places]]
+            encoded.feature_names = needed
         return inputs | {"mm_encoder_outputs": {"video": encoded}}
