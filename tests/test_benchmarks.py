@@ -70,12 +70,26 @@ def test_no_other_file_knows_a_benchmark_by_name():
         assert not [name for name in BENCHMARKS if f'"{name}"' in code], file.name
 
 
-def test_what_select_costs(tmp_path, monkeypatch, capsys):
-    """Two runs that differ in one answer of four, by `benchmarks/reuse_select.py`."""
+def command_of(name, monkeypatch):
+    """The module of a file in `benchmarks/`."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("reuse_select", ROOT / "benchmarks" / "reuse_select.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
+    return command
+
+
+def test_how_much_is_padding(monkeypatch):
+    """Rows of 4 and 2 places have 2 of 8 empty; a batch of one has none."""
+    command = command_of("padding", monkeypatch)
+    assert command.padding([[4, 2]]) == 0.25 and command.padding([[4], [2]]) == 0
+    assert command.padding([[4, 2], [3]]) == pytest.approx(2 / 11)
+    assert command.split([5, 6, 7], 2) == [[5, 6], [7]]
+
+
+def test_what_select_costs(tmp_path, monkeypatch, capsys):
+    """Two runs that differ in one answer of four, by `benchmarks/reuse_select.py`."""
+    command = command_of("reuse_select", monkeypatch)
     data = tmp_path / "test.jsonl"
     rows = [
         {"id": f"q{i}", "patient": f"p{i // 2}", "split": "test", "task": "presence", "volumes": ["a.nii.gz"],
