@@ -366,9 +366,11 @@ def gate_offset(config):
     return config.gate_temperature * math.log(-config.gate_low / config.gate_high)
 
 
-def hard_concrete(logits, config):
-    """Random gates in [0, 1] with atoms at 0 and 1 (Louizos et al. 2018), with a gradient; logits (B, V)."""
-    uniform = torch.rand_like(logits).clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
+def hard_concrete(logits, config, uniform=None):
+    """Random gates in [0, 1] with atoms at 0 and 1 (Louizos et al. 2018), with a gradient; logits (B, V). uniform
+    (B, V): draws in place of new ones."""
+    uniform = torch.rand_like(logits) if uniform is None else uniform
+    uniform = uniform.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
     stretched = ((uniform.logit() + logits) / config.gate_temperature).sigmoid()
     return (stretched * (config.gate_high - config.gate_low) + config.gate_low).clamp(0, 1)
 

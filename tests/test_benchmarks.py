@@ -6,6 +6,7 @@ import re
 import textwrap
 
 import pytest
+import torch
 
 import evaluate_hf
 from conftest import ROOT
@@ -85,6 +86,19 @@ def test_how_much_is_padding(monkeypatch):
     assert command.padding([[4, 2]]) == 0.25 and command.padding([[4], [2]]) == 0
     assert command.padding([[4, 2], [3]]) == pytest.approx(2 / 11)
     assert command.split([5, 6, 7], 2) == [[5, 6], [7]]
+
+
+def test_what_mirrored_draws_are_worth(monkeypatch):
+    """Mirrors that undo each other's error leave no variance; mirrors that repeat it leave that of one draw."""
+    command = command_of("draws", monkeypatch)
+    torch.manual_seed(0)
+    error = torch.randn(4000, 3)
+    independent, mirrored, signal = command.variances(torch.cat([2 + error, 2 - error]))
+    assert independent == pytest.approx(1.5, rel=0.05) and mirrored < 1e-10 and signal == pytest.approx(12)
+    independent, mirrored, _ = command.variances(torch.cat([error, error]))
+    assert mirrored == pytest.approx(2 * independent, rel=1e-3)
+    independent, mirrored, signal = command.variances(torch.randn(8000, 3))
+    assert mirrored == pytest.approx(independent, rel=0.05) and abs(signal) < 0.01
 
 
 def test_what_select_costs(tmp_path, monkeypatch, capsys):

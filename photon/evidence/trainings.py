@@ -94,7 +94,7 @@ def train(folder, arm, seed, preset):
     labels = ["--evidence-weight", "1"] if arm.labelled else []
     method = [] if arm.method is None else ["--scheduler", arm.method, "--keep-ratio", KEPT]
     within = arm.method is not None and "vision" in SCHEDULERS[arm.method].needs
-    stored = [] if within else ["--cache-features"]  # the tower's output, and not what happened within
+    stored = [] if within or arm.photon.get("robust_probability") else ["--cache-features"]  # output of whole scans
     resume = ["--resume"] if (run / "run.json").is_file() else []
     run.mkdir(parents=True, exist_ok=True)
     if resume:
