@@ -67,7 +67,7 @@ def report(result, name, folder):
         plot(result, ROOT / "docs" / "evidence.png")
         tables = tables_of(result, rows_of("surrogate"), rows_of("organs"))
     else:
-        tables = {name: arm_table(result)}
+        tables = {name: arm_table(result, None)}
     write_whole(results / REPORTS[name], json.dumps(result, indent=1) + "\n")
     write_tables(tables, page)
 
@@ -83,9 +83,8 @@ def main(argv=None):
         final = train(folder, arm, seed, preset)
         controls = CONTROLS if seed == 0 and arm.method is None else ()
         asked_rows = [turned(row) for row in rows] if arm.question_first else rows
-        records = measure(
-            final, asked_rows, folder / "cache", final.parent / "records.json", controls, arm.dense, arm.method
-        )
+        file, how = final.parent / "records.json", (controls, arm.dense, arm.method, arm.kept)
+        records = measure(final, asked_rows, folder / "cache", file, *how)
         found.setdefault(arm.name, []).append((records, seconds_of(final.parent)))
     result = result_of(found, preset)
     write_whole(folder / "evidence.json", json.dumps(result, indent=1) + "\n")

@@ -26,7 +26,7 @@ class Arm:
         share of patients whose label maps teach what to keep; seeds: how many; dense: keeps all tokens; table: in
         which it is shown; question_first: the question stands before the scan; layers: of the decoder; begins: the arm
         whose trained model it goes on with; steps: instead of the preset's, as a multiple of them; method: of
-        `photon.schedulers`, which chooses `KEPT` of the tokens in place of Photon's scheduler.
+        `photon.schedulers`, which chooses in place of Photon's scheduler; kept: the share of tokens that it keeps.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Arm:
     begins: str | None = None
     steps: float = 1.0
     method: str | None = None
+    kept: float = KEPT
 
 
 def surrogate(name, rule, says, **more):
@@ -59,7 +60,7 @@ ARMS = (
     Arm("labels10", "exact cut, label maps of 10 % of patients", labelled=0.1, seeds=1),
     Arm("labels1", "exact cut, label maps of 1 % of patients", labelled=0.01, seeds=1),
     Arm("exact30", "exact cut, 30 %", {"keep_budget": 0.3}, seeds=1),
-    Arm("exact3", "exact cut, 3 %", {"keep_budget": 0.03}, seeds=1),
+    Arm("exact3", "exact cut, 3 %", {"keep_budget": 0.03}),
     Arm(
         "published",
         "release as published: the threshold alone learns, band 0.3 to 0.8",
@@ -67,13 +68,17 @@ ARMS = (
         seeds=1,
     ),
     *(
-        Arm(name, says, NOTHING_LEARNT | {"scheduler_layer": layer}, table="methods", seeds=seeds, method=name)
+        Arm(
+            name, says, NOTHING_LEARNT | {"scheduler_layer": layer}, table="methods", seeds=seeds,
+            method=name.removesuffix("3"), kept=0.03 if name.endswith("3") else KEPT,
+        )
         for name, says, layer, seeds in (
             ("random", "random tokens", -1, 3),
             ("stride", "every tenth token", -1, 1),
             ("pooling", "3D average pooling (M3D)", -1, 1),
             ("perceiver", "latents of a perceiver (RadFM)", -1, 1),
-            ("divprune", "DivPrune", -1, 1),
+            ("divprune", "DivPrune", -1, 3),
+            ("divprune3", "DivPrune, 3 %", -1, 3),
             ("pyramid", "PyramidDrop, from layer 0 on", 0, 1),
             ("atp", "ATP-LLaVA, after layer 0", 0, 1),
         )

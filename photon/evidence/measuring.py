@@ -16,7 +16,6 @@ from photon.evaluation.encoded_scans import EncodedScans
 from photon.evaluation.measures import same_answer
 from photon.evaluation.models import load_model
 from photon.evaluation.swapping import swapped
-from photon.evidence.arms import KEPT
 from photon.prompt_photon import recorded_outputs
 from photon.run_folder import write_whole
 from photon.schedulers import use_scheduler
@@ -28,12 +27,12 @@ CLASSES = 11  # labels of the phantoms' maps, and background
 CONTROLS = ("none", "random", "flipped", "other")  # beside "own", the model as it is
 
 
-def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, method=None):
+def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, method=None, kept=None):
     """Measures the model in folder `source` on rows of phantoms; writes and returns a list of records.
 
     Args: rows: of `trainings.test_rows`; cache_dir: folder of preprocessed scans; output: the JSON file, read instead
         where it exists; controls: some of `CONTROLS`, and grounding with "other"; dense: the model keeps all tokens;
-        method: the one it was trained with, which chooses `KEPT` of them.
+        method: the one it was trained with, which chooses; kept: the share that it keeps.
     """
     if Path(output).is_file():
         return json.loads(Path(output).read_text(encoding="utf-8"))
@@ -41,7 +40,7 @@ def measure(source, rows, cache_dir, output, controls=CONTROLS, dense=False, met
         str(source),
         torch.device("cpu"),
         scheduler="on" if method is None else method,
-        scheduling=None if method is None else {"keep_ratio": KEPT},
+        scheduling=None if method is None else {"keep_ratio": kept},
         max_new_tokens=LONGEST_ANSWER,
         cache_dir=str(cache_dir),
     )

@@ -129,9 +129,10 @@ def percent(figure, bounds=True):
 
 
 def arm_table(result, table="arms"):
-    """One table of accuracies and found evidence, in Markdown. table: of `Arm.table`; the exact cut heads each."""
+    """One table of accuracies and found evidence, in Markdown. table: of `Arm.table`, `None`
+    for all; the exact cut heads each."""
     tasks = [task for task in TASKS if task in result["rows"][0]["accuracy"]]
-    rows = [row for row in result["rows"] if row["table"] == table or row["arm"] == "exact"]
+    rows = [row for row in result["rows"] if table in (None, row["table"]) or row["arm"] == "exact"]
     head = [
         "arm",
         "seeds",

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from photon.evidence.arms import KEPT
 from photon.run_folder import write_whole
 from photon.schedulers import SCHEDULERS
 
@@ -92,7 +91,7 @@ def train(folder, arm, seed, preset):
             raise RuntimeError(f"{arm.name} goes on with {arm.begins}, which is not trained: name it in --arms too")
     photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
     labels = ["--evidence-weight", "1"] if arm.labelled else []
-    method = [] if arm.method is None else ["--scheduler", arm.method, "--keep-ratio", KEPT]
+    method = [] if arm.method is None else ["--scheduler", arm.method, "--keep-ratio", arm.kept]
     within = arm.method is not None and "vision" in SCHEDULERS[arm.method].needs
     stored = [] if within or arm.photon.get("robust_probability") else ["--cache-features"]  # output of whole scans
     resume = ["--resume"] if (run / "run.json").is_file() else []
