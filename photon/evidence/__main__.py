@@ -5,7 +5,8 @@
     python -m photon.evidence --output /tmp/smoke --preset smoke      the same in small, two minutes
 
 Stopped, it goes on where it was: data, trainings and measures that are there are not made again. Each arm's records
-lie in OUTPUT/ARM-SEED/records.json. Without `--report` nothing outside OUTPUT is written.
+lie in OUTPUT/ARM-SEED/records.json, those of the presets long and nine in OUTPUT/PRESET/ARM-SEED. Without `--report`
+nothing outside OUTPUT is written.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from pathlib import Path
 from photon.evidence.arms import ARMS
 from photon.evidence.measuring import CONTROLS, measure
 from photon.evidence.report import arm_table, plot, result_of, signals, tables_of, write_tables
-from photon.evidence.trainings import PRESETS, ROOT, make_data, seconds_of, test_rows, train, turned
+from photon.evidence.trainings import PRESETS, ROOT, make_data, run_folder, seconds_of, test_rows, train, turned
 from photon.run_folder import write_whole
 
-REPORTS = {"full": "evidence.json", "nine": "evidence_nine.json"}  # presets, and where their figures go
+# presets, and where their figures go
+REPORTS = {"full": "evidence.json", "long": "evidence_long.json", "nine": "evidence_nine.json"}
 ROOT_ROWS = 1000  # questions of all tasks, for the model of this repository
 
 
@@ -35,7 +37,7 @@ def parse(argv=None):
     )
     args = parser.parse_args(argv)
     if args.report and args.preset not in REPORTS:
-        parser.error(f"--report is for the presets {' and '.join(REPORTS)}; {args.preset} is too small to tell")
+        parser.error(f"--report is for the presets {', '.join(REPORTS)}; {args.preset} is too small to tell")
     return args
 
 
@@ -48,7 +50,7 @@ def jobs(args, preset):
         for seed in seeds
         for arm in chosen
         if seed < arm.seeds and (args.seeds is None or seed in args.seeds)
-        if not args.finished or (args.output / f"{arm.name}-{seed}" / "records.json").is_file()
+        if not args.finished or (run_folder(args.output, arm.name, seed, preset) / "records.json").is_file()
     ]
 
 
@@ -87,7 +89,7 @@ def main(argv=None):
         records = measure(final, asked_rows, folder / "cache", file, *how)
         found.setdefault(arm.name, []).append((records, seconds_of(final.parent)))
     result = result_of(found, preset)
-    write_whole(folder / "evidence.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / preset.runs / "evidence.json", json.dumps(result, indent=1) + "\n")
     print("\n\n".join(tables_of(result).values()))
     if args.report:
         report(result, args.preset, folder)

@@ -28,7 +28,8 @@ TRAIN_SEED, TEST_SEED = 1, 2  # of patients: none is in both
 @dataclass(frozen=True)
 class Preset:
     """Sizes of all parts. patients, test_patients: of the data; steps: of each arm; seeds: at most; rows: measured, of
-    the tasks; tasks: asked, default all nine, which take some three times as many steps."""
+    the tasks; arms: default all; tasks: asked, default all nine, which take some three times as many steps; runs: the
+    folder of its trainings, within that of the data."""
 
     patients: int
     test_patients: int
@@ -38,11 +39,14 @@ class Preset:
     batch: int = 32
     arms: tuple | None = None
     tasks: tuple | None = None
+    runs: str = "."
 
 
+THREE = ("presence", "side", "attenuation")
 PRESETS = {
-    "full": Preset(2000, 300, steps=500, seeds=3, rows=600, tasks=("presence", "side", "attenuation")),
-    "nine": Preset(2000, 300, steps=3000, seeds=3, rows=1000),
+    "full": Preset(2000, 300, steps=500, seeds=3, rows=600, tasks=THREE),
+    "long": Preset(2000, 300, steps=1200, seeds=3, rows=600, tasks=THREE, arms=("exact3", "divprune3"), runs="long"),
+    "nine": Preset(2000, 300, steps=3000, seeds=3, rows=1000, arms=("exact", "release", "divprune"), runs="nine"),
     "smoke": Preset(
         patients=16, test_patients=16, steps=4, seeds=1, rows=24, batch=8, arms=("dense", "exact", "release")
     ),
@@ -77,16 +81,21 @@ def make_start(folder, seed, layers=None):
     return start
 
 
+def run_folder(folder, name, seed, preset):
+    """Where an arm's training with a seed lies. name: of the arm."""
+    return folder / preset.runs / f"{name}-{seed}"
+
+
 def train(folder, arm, seed, preset):
     """Trains an arm with a seed, or goes on with it. Returns the folder of the trained model. Raises `RuntimeError`
     where the arm goes on with another one that is not trained yet."""
-    run = folder / f"{arm.name}-{seed}"
+    run = run_folder(folder, arm.name, seed, preset)
     if (run / "final" / "model.safetensors").is_file():
         return run / "final"
     if arm.begins is None:
         start = make_start(folder, seed, arm.layers)
     else:
-        start = folder / f"{arm.begins}-{seed}" / "final"
+        start = run_folder(folder, arm.begins, seed, preset) / "final"
         if not (start / "model.safetensors").is_file():
             raise RuntimeError(f"{arm.name} goes on with {arm.begins}, which is not trained: name it in --arms too")
     photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
@@ -98,7 +107,7 @@ def train(folder, arm, seed, preset):
     run.mkdir(parents=True, exist_ok=True)
     if resume:
         (run / RESUMED).touch()
-    with open(folder / f"{run.name}.log", "ab") as log:
+    with open(run.with_name(f"{run.name}.log"), "ab") as log:
         command(
             "train_hf.py", RECIPE, "--model", start, "--output-dir", run, "--train-data", training_rows(folder, arm),
             "--cache-dir", folder / "cache", *stored, "--use-cpu", "--max-steps", steps_of(arm, preset),
