@@ -45,7 +45,6 @@ evidence: .venv/dev  ## what answers alone teach a scheduler to keep: trainings,
 	.venv/bin/python benchmarks/draws.py --model evidence/start0 evidence/exact-0/checkpoint-125 evidence/exact-0/final \
 	--data evidence/test/test.jsonl --json benchmarks/results/draws.json
 	.venv/bin/python -m photon.evidence --output evidence --report
-	.venv/bin/python -m photon.evidence --output evidence --preset long --seeds 0 --report
 	.venv/bin/python -m photon.evidence --output evidence --preset nine --seeds 0 --report
 
 peers: .venv/dev  ## every selection method on the same questions: DENSE=, TRAINED=, DATA= (half an hour; goes on)

@@ -5,8 +5,8 @@
     python -m photon.evidence --output /tmp/smoke --preset smoke      the same in small, two minutes
 
 Stopped, it goes on where it was: data, trainings and measures that are there are not made again. Each arm's records
-lie in OUTPUT/ARM-SEED/records.json, those of the presets long and nine in OUTPUT/PRESET/ARM-SEED. Without `--report`
-nothing outside OUTPUT is written.
+lie in OUTPUT/ARM-SEED/records.json, those of the preset nine in OUTPUT/nine/ARM-SEED. Without `--report` nothing
+outside OUTPUT is written.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from photon.evidence.report import arm_table, plot, result_of, signals, tables_o
 from photon.evidence.trainings import PRESETS, ROOT, make_data, run_folder, seconds_of, test_rows, train, turned
 from photon.run_folder import write_whole
 
-# presets, and where their figures go
-REPORTS = {"full": "evidence.json", "long": "evidence_long.json", "nine": "evidence_nine.json"}
+REPORTS = {"full": "evidence.json", "nine": "evidence_nine.json"}  # presets, and where their figures go
 ROOT_ROWS = 1000  # questions of all tasks, for the model of this repository
 
 
@@ -37,7 +36,7 @@ def parse(argv=None):
     )
     args = parser.parse_args(argv)
     if args.report and args.preset not in REPORTS:
-        parser.error(f"--report is for the presets {', '.join(REPORTS)}; {args.preset} is too small to tell")
+        parser.error(f"--report is for the presets {' and '.join(REPORTS)}; {args.preset} is too small to tell")
     return args
 
 

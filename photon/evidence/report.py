@@ -159,13 +159,15 @@ def arm_table(result, table="arms"):
 
 def place_table(result):
     """What a cut at each place of the deeper model costs, in Markdown."""
-    lines = ["| cut | steps | seconds | kept | tokens a layer | mean (95 %) | no token left | random, as many |"]
-    lines.append("|---" * 8 + "|")
+    head = ["cut", "steps", "seconds", "kept", "tokens a layer", "mean (95 %)", "no token left", "random, as many"]
+    head += ["another patient's scan", "organ decides (p)"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in (row for row in result["rows"] if row["table"] == "places"):
         cells = [row["says"], row["steps"], row["seconds"] or "", percent(row.get("evidence", {}).get("kept"), False)]
         cells += [f"{100 * row['layer_averaged']:.1f}" if "layer_averaged" in row else "100"]
         cells += [percent(row["accuracy"]["mean"])]
-        cells += [percent(row.get("controls", {}).get(name)) for name in ("none", "random")]
+        cells += [percent(row.get("controls", {}).get(name), False) for name in ("none", "random", "other")]
+        cells += ["{difference:.3f} ({p:.4f})".format(**row["question"]) if "question" in row else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -42,11 +42,11 @@ class Preset:
     runs: str = "."
 
 
-THREE = ("presence", "side", "attenuation")
 PRESETS = {
-    "full": Preset(2000, 300, steps=500, seeds=3, rows=600, tasks=THREE),
-    "long": Preset(2000, 300, steps=1200, seeds=3, rows=600, tasks=THREE, arms=("exact3", "divprune3"), runs="long"),
-    "nine": Preset(2000, 300, steps=3000, seeds=3, rows=1000, arms=("exact", "release", "divprune"), runs="nine"),
+    "full": Preset(2000, 300, steps=500, seeds=3, rows=600, tasks=("presence", "side", "attenuation")),
+    "nine": Preset(
+        2000, 300, steps=3000, seeds=3, rows=1000, arms=("exact", "release", "untaught", "divprune"), runs="nine"
+    ),
     "smoke": Preset(
         patients=16, test_patients=16, steps=4, seeds=1, rows=24, batch=8, arms=("dense", "exact", "release")
     ),
