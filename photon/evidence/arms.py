@@ -57,9 +57,10 @@ ARMS = (
     surrogate("taylor", "taylor", "first-order sign, with a gradient to the ranking, 10 %"),
     surrogate("gate", "gate", "gates on the logits, zero after the soft phase, 10 %"),
     Arm(
-        "untaught", "no gradient to the ranking but what attention in layer 0 learns, 10 %",
-        {"surrogate": "release", "saliency_gradient": False},
+        "untaught", "no gradient to the ranking, but what attention in layer 0 learns, 10 %",
+        {"surrogate": "release", "saliency_gradient": False}, seeds=1,
     ),
+    Arm("drawn", "the same with the random gates of the exact cut, 10 %", {"saliency_gradient": False}),
     Arm("labels100", "exact cut, label maps of all patients", labelled=1.0),
     Arm("labels10", "exact cut, label maps of 10 % of patients", labelled=0.1, seeds=1),
     Arm("labels1", "exact cut, label maps of 1 % of patients", labelled=0.01, seeds=1),
