@@ -42,7 +42,7 @@ evidence: .venv/dev  ## what answers alone teach a scheduler to keep: trainings,
 	.venv/bin/python -m photon.evidence --output evidence
 	.venv/bin/python benchmarks/surrogate.py --model evidence/start0 evidence/exact-0/checkpoint-* \
 	--data evidence/test/test.jsonl --json benchmarks/results/surrogate.json
-	.venv/bin/python benchmarks/draws.py --model evidence/start0 evidence/exact-0/checkpoint-125 evidence/exact-0/final \
+	.venv/bin/python benchmarks/draws.py --model evidence/start0 evidence/exact-0/final . \
 	--data evidence/test/test.jsonl --json benchmarks/results/draws.json
 	.venv/bin/python -m photon.evidence --output evidence --report
 	.venv/bin/python -m photon.evidence --output evidence --preset nine --seeds 0 --report

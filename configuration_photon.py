@@ -136,6 +136,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
             The gates of `"exact"`: `clamp(sigmoid((logit(u) + slope * margin) / temperature) * (high - low) + low)`
             between 0 and 1, u uniform. `gate_slope`, and the probability of a gate above 0, hold for every surrogate
             with `keep_budget`.
+        gate_gradient (`float`, defaults to 1.0): factor on the gradient that reaches the gates of `"exact"`.
         band_low, band_high, band_weight (`float`): the mean keep probability is pushed into [band_low, band_high]; in
             the release with a weight of 1. The default weight is 0, since the budget holds the share.
         robust_probability (`float`): share of training rows whose volume is perturbed.
@@ -196,6 +197,7 @@ class PhotonConfig(Qwen2_5_VLConfig):
     gate_temperature: float | int = above_zero(0.5)
     gate_low: float | int = -0.1
     gate_high: float | int = 1.1
+    gate_gradient: float | int = above_zero(1.0)
     # --- objectives
     band_low: float | int = 0.3
     band_high: float | int = 0.8

@@ -313,7 +313,8 @@ class TokenScheduler(nn.Module):
         if self.training and inputs.deletes and config.surrogate == "gate":
             log_gate = keep_prob.clamp(min=NOTHING).log()
         if self.training and inputs.deletes and config.surrogate == "exact":
-            gate = hard_concrete(margin + gate_offset(config), config) * visual
+            gated = margin.detach().lerp(margin, config.gate_gradient)  # the margin, with a part of its gradient
+            gate = hard_concrete(gated + gate_offset(config), config) * visual
             keep = gate > 0
             log_gate = gate.clamp(min=NOTHING).log()
         if inputs.keep_count is None:
@@ -367,10 +368,9 @@ def gate_offset(config):
 
 
 def hard_concrete(logits, config, uniform=None):
-    """Random gates in [0, 1] with atoms at 0 and 1 (Louizos et al. 2018), with a gradient; logits (B, V). uniform
-    (B, V): draws in place of new ones."""
-    uniform = torch.rand_like(logits) if uniform is None else uniform
-    uniform = uniform.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
+    """Random gates in [0, 1], atoms at 0 and 1 (Louizos et al. 2018), with a gradient; logits and uniform (B, V)."""
+    draws = torch.rand_like(logits) if uniform is None else uniform
+    uniform = draws.clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
     stretched = ((uniform.logit() + logits) / config.gate_temperature).sigmoid()
     return (stretched * (config.gate_high - config.gate_low) + config.gate_low).clamp(0, 1)
 

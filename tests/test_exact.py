@@ -90,6 +90,22 @@ def test_the_gradient_is_the_slope_of_the_loss(layer):
     assert (slopes - gradients).mean().abs() < 3 * error + 1e-4
 
 
+def test_a_part_of_the_gradient():
+    """`gate_gradient` leaves draws and loss as they are; what learns from the gates alone gets that part."""
+    found = []
+    for part in (1.0, 0.25):
+        model = exact_model(scheduler_layer=-1, gate_gradient=part)
+        model.set_scheduler_phase("hard")
+        torch.manual_seed(0)
+        loss = model(**collate(ROWS)).lm_loss
+        loss.backward()
+        found.append((loss, [weight.grad for weight in model.model.language_model.scheduler.parameters()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert max(float(grad.abs().max()) for grad in found[0][1]) > 0
+    for whole, part in zip(*(grads for _, grads in found), strict=True):
+        torch.testing.assert_close(part, whole / 4, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("budget", [0.05, 0.3, 0.9])
 def test_the_level_holds_the_budget(budget):
     config = tiny_config(**EXACT)

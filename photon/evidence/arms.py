@@ -88,12 +88,15 @@ ARMS = (
             ("atp", "ATP-LLaVA, after layer 0", 0, 1),
         )
     ),
+    Arm("gain_quarter", "`gate_gradient` 0.25", {"gate_gradient": 0.25}, table="constants"),
     *(
         Arm(name, says, photon, options, seeds=1, table="constants", **more)
         for name, says, photon, options, more in (
             ("robust", "15 % of rows with a perturbed scan", {"robust_probability": 0.15}, (), {}),
             ("flip", "5 % of rows keep what they would drop", {"flip_probability": 0.05}, (), {}),
             ("question_first", "the question before the scan", {}, (), {"question_first": True}),
+            ("gain_four", "`gate_gradient` 4", {"gate_gradient": 4.0}, (), {}),
+            ("gain_hundredth", "`gate_gradient` 0.01", {"gate_gradient": 0.01}, (), {}),
             ("slope_half", "`gate_slope` 1.5", {"gate_slope": 1.5}, (), {}),
             ("slope_twice", "`gate_slope` 6", {"gate_slope": 6.0}, (), {}),
             ("temperature_half", "`gate_temperature` 0.25", {"gate_temperature": 0.25}, (), {}),
