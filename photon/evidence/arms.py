@@ -60,7 +60,7 @@ ARMS = (
         "untaught", "no gradient to the ranking, but what attention in layer 0 learns, 10 %",
         {"surrogate": "release", "saliency_gradient": False}, seeds=1,
     ),
-    Arm("drawn", "the same with the random gates of the exact cut, 10 %", {"saliency_gradient": False}),
+    Arm("drawn", "no gradient to the ranking, with the exact cut's random gates, 10 %", {"saliency_gradient": False}),
     Arm("labels100", "exact cut, label maps of all patients", labelled=1.0),
     Arm("labels10", "exact cut, label maps of 10 % of patients", labelled=0.1, seeds=1),
     Arm("labels1", "exact cut, label maps of 1 % of patients", labelled=0.01, seeds=1),
