@@ -253,7 +253,7 @@ def plot(result, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 6.5), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(9, 6.8), constrained_layout=True)
     shown = [row for row in result["rows"] if "evidence" in row and row["table"] == "arms"]
     for number, row in enumerate(shown):
         means = [100 * value for value in row["mean_by_seed"]]
@@ -263,5 +263,5 @@ def plot(result, file):
         if row["arm"] == "dense":
             axis.axhline(100 * row["accuracy"]["mean"][0], color="0.5", linestyle=":", label=row["says"])
     axis.set(xlabel="recall of the tokens that hold the asked organ, %", ylabel="mean accuracy of the tasks, %")
-    figure.legend(fontsize=8, ncols=2, loc="outside lower center")
+    figure.legend(fontsize=7, ncols=2, loc="outside lower center")
     figure.savefig(file, dpi=110)
