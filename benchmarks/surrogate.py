@@ -84,6 +84,29 @@ class Case:
         target = targets_of(self.labels.repeat(count, 1), outputs.keep_index)
         return answer_losses(self.model.lm_head(outputs.last_hidden_state), target)[0], outputs
 
+    def gradient(self, rule, leaf, scheduler, count=1):
+        """Of the losses' sum by `leaf`, as training by a rule of `config.surrogate` has it."""
+        config = self.model.config
+        before, config.surrogate = config.surrogate, rule
+        losses, _ = self.losses(scheduler, count)
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)  # on the way back the rule is read again
+        config.surrogate = before
+        return grad
+
+
+def cases_of(source, rows):
+    """(row, `Case`) of each question, for the model in folder `source`, whose weights do not train."""
+    processor, model = load(source, "cpu", "float32")
+    model.eval().requires_grad_(False)
+    collate = Collator(processor, None)
+    for row in rows:
+        yield row, Case(model, collate([row]))
+
+
+def gated(gates):
+    """The exact cut's schedule with these gates (B, V)."""
+    return Given(gates.detach() > 0, log_gate=torch.where(gates > 0, gates.clamp(min=NOTHING).log(), LOG_OF_NOTHING))
+
 
 def rises(case, keep):
     """The truth: (k,) rises of the loss, for each kept token."""
@@ -100,11 +123,7 @@ def estimates(case, keep, keep_prob, draws):
     config, kept = case.model.config, keep[0]
 
     def worth(rule, leaf, scheduler, count=1):
-        before, config.surrogate = config.surrogate, rule
-        losses, _ = case.losses(scheduler, count)
-        (grad,) = torch.autograd.grad(losses.mean(), leaf)  # on the way back the rule is read again
-        config.surrogate = before
-        return -grad[0, kept]
+        return -case.gradient(rule, leaf, scheduler, count)[0, kept] / count
 
     def ones():
         return torch.ones_like(keep_prob).requires_grad_()
@@ -117,9 +136,7 @@ def estimates(case, keep, keep_prob, draws):
     found["gate"] = worth("gate", gate, Given(keep, log_gate=gate))
     found["straight-through"] = found["gate"] * (keep_prob * (1 - keep_prob))[0, kept]
     logits = (keep_prob.logit(eps=1e-6) + gate_offset(config)).requires_grad_()
-    gates = hard_concrete(logits.expand(draws, -1), config)
-    log_gate = torch.where(gates > 0, gates.clamp(min=NOTHING).log(), LOG_OF_NOTHING)
-    found["exact"] = worth("exact", logits, Given(gates.detach() > 0, log_gate=log_gate), draws)
+    found["exact"] = worth("exact", logits, gated(hard_concrete(logits.expand(draws, -1), config)), draws)
     return found
 
 
@@ -132,14 +149,18 @@ def compared(truth, estimate):
     return spearmanr(truth, estimate).statistic, (weight * (np.sign(truth) == np.sign(estimate))).sum() / weight.sum()
 
 
+def ratio(column, rows, parts):
+    """A figure and its bounds as columns of a table: the sum of parts[:, 0] over that of parts[:, 1]."""
+    sums = Sums([{"patient": row["patient"], "subtask": ""} for row in rows], parts, RESAMPLES, seed=0)
+    figure = interval(*(total[..., 0, 0] / total[..., 0, 1] for total in (sums.all, sums.drawn)))
+    return {column: figure["value"], f"{column}_low": figure["low"], f"{column}_high": figure["high"]}
+
+
 def measured(source, rows, cases, draws):
     """One row of the table for each estimate: how it agrees with the truth over the cases of one model."""
-    processor, model = load(source, "cpu", "float32")
-    model.eval().requires_grad_(False)
-    collate, found, kept_rows = Collator(processor, None), {name: [] for name in ESTIMATES}, []
+    found, kept_rows = {name: [] for name in ESTIMATES}, []
     bar = tqdm(total=cases, desc=str(source), unit="case")
-    for row in rows:
-        case = Case(model, collate([row]))
+    for row, case in cases_of(source, rows):
         with torch.no_grad():
             _, outputs = case.losses(case.own, keep_ratio=KEPT)
         if int(outputs.keep_mask.sum()) < MIN_TOKENS:
@@ -147,7 +168,7 @@ def measured(source, rows, cases, draws):
         truth = rises(case, outputs.keep_mask)
         for name, estimate in estimates(case, outputs.keep_mask, outputs.keep_prob, draws).items():
             found[name].append(compared(truth, estimate))
-        kept_rows.append({"patient": row["patient"], "subtask": ""})
+        kept_rows.append(row)
         bar.update()
         if len(kept_rows) == cases:
             break
@@ -157,29 +178,28 @@ def measured(source, rows, cases, draws):
         line = {"model": str(source), "estimate": name, "cases": len(pairs)}
         for column, values in zip(("spearman", "sign"), np.array(pairs).T, strict=True):
             parts = np.stack([np.nan_to_num(values), np.isfinite(values)], axis=1)
-            sums = Sums(kept_rows, parts, RESAMPLES, seed=0)
-
-            def mean(total):
-                return total[..., 0, 0] / total[..., 0, 1]
-
-            figure = interval(mean(sums.all), mean(sums.drawn))
-            line |= {column: figure["value"], f"{column}_low": figure["low"], f"{column}_high": figure["high"]}
+            line |= ratio(column, kept_rows, parts)
         table.append(line | {"cost": draws if name == "exact" else 1})
     return table
 
 
-def main():
+def asked(description, cases, draws):
+    """The options of a command, whose defaults are cases and draws, and the rows of its questions in random order."""
     options = arguments(
-        __doc__,
+        description,
         ["cpu"],
         model={"required": True, "nargs": "+", "metavar": "DIR", "help": "models, such as points of one training"},
         data={"required": True, "metavar": "FILE", "help": "questions with answers, .jsonl"},
-        cases={"type": int, "default": 200, "help": "how many questions of each model"},
-        draws={"type": int, "default": 16, "help": "of the exact cut's gates"},
+        cases={"type": int, "default": cases, "help": "how many questions of each model"},
+        draws={"type": int, "default": draws, "help": "of the exact cut's gates, for each question"},
     )
     torch.manual_seed(0)
-    rows = list(load_rows(options.data, columns={}).shuffle(seed=0))
-    rows = [{**row, "patient": row["id"].split("-")[0]} for row in rows]
+    rows = load_rows(options.data, columns={}).shuffle(seed=0)
+    return options, [{**row, "patient": row["id"].split("-")[0]} for row in rows]
+
+
+def main():
+    options, rows = asked(__doc__, cases=200, draws=16)
     table = [line for source in options.model for line in measured(source, rows, options.cases, options.draws)]
     last = {line["estimate"]: line["spearman"] for line in table if line["model"] == str(options.model[-1])}
     ratios = {f"{name}_spearman": value for name, value in last.items()}

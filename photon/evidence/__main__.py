@@ -84,8 +84,8 @@ def main(argv=None):
         final = train(folder, arm, seed, preset)
         controls = CONTROLS if seed == 0 and arm.method is None else ()
         asked_rows = [turned(row) for row in rows] if arm.question_first else rows
-        file, how = final.parent / "records.json", (controls, arm.dense, arm.method, arm.kept)
-        records = measure(final, asked_rows, folder / "cache", file, *how)
+        file = final.parent / "records.json"
+        records = measure(final, asked_rows, folder / "cache", file, controls, arm.dense, arm.method, arm.kept)
         found.setdefault(arm.name, []).append((records, seconds_of(final.parent)))
     result = result_of(found, preset)
     write_whole(folder / preset.runs / "evidence.json", json.dumps(result, indent=1) + "\n")

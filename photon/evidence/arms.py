@@ -50,6 +50,12 @@ def surrogate(name, rule, says, **more):
     return Arm(name, says, {"surrogate": rule, **more})
 
 
+def chosen_by(method, says, *, name=None, layer=-1, seeds=1, **more):
+    """An arm whose tokens another method chooses, after a layer, and whose name is the method's unless it has one."""
+    photon = NOTHING_LEARNT | {"scheduler_layer": layer}
+    return Arm(name or method, says, photon, table="methods", seeds=seeds, method=method, **more)
+
+
 ARMS = (
     Arm("dense", "all tokens", options=DENSE, dense=True, seeds=3),
     Arm("exact", "exact cut, 10 %"),
@@ -57,8 +63,7 @@ ARMS = (
     surrogate("taylor", "taylor", "first-order sign, with a gradient to the ranking, 10 %"),
     surrogate("gate", "gate", "gates on the logits, zero after the soft phase, 10 %"),
     Arm(
-        "untaught", "no gradient to the ranking, but what attention in layer 0 learns, 10 %",
-        {"surrogate": "release", "saliency_gradient": False}, seeds=1,
+        "untaught", "no gradient to the ranking, but what attention in layer 0 learns, 10 %", NOTHING_LEARNT, seeds=1
     ),
     Arm("drawn", "no gradient to the ranking, with the exact cut's random gates, 10 %", {"saliency_gradient": False}),
     Arm("labels100", "exact cut, label maps of all patients", labelled=1.0),
@@ -72,29 +77,21 @@ ARMS = (
         {"surrogate": "release", "saliency": "logits", "saliency_gradient": False, "band_weight": 1.0} | MINMAX,
         seeds=1,
     ),
+    chosen_by("random", "random tokens", seeds=3),
+    chosen_by("stride", "every tenth token"),
+    chosen_by("pooling", "3D average pooling (M3D)"),
+    chosen_by("perceiver", "latents of a perceiver (RadFM)"),
+    chosen_by("divprune", "DivPrune", seeds=3),
+    chosen_by("divprune", "DivPrune, 3 %", name="divprune3", seeds=3, kept=0.03),
+    chosen_by("pyramid", "PyramidDrop, from layer 0 on", layer=0),
+    chosen_by("atp", "ATP-LLaVA, after layer 0", layer=0),
     *(
-        Arm(
-            name, says, NOTHING_LEARNT | {"scheduler_layer": layer}, table="methods", seeds=seeds,
-            method=name.removesuffix("3"), kept=0.03 if name.endswith("3") else KEPT,
-        )
-        for name, says, layer, seeds in (
-            ("random", "random tokens", -1, 3),
-            ("stride", "every tenth token", -1, 1),
-            ("pooling", "3D average pooling (M3D)", -1, 1),
-            ("perceiver", "latents of a perceiver (RadFM)", -1, 1),
-            ("divprune", "DivPrune", -1, 3),
-            ("divprune3", "DivPrune, 3 %", -1, 3),
-            ("pyramid", "PyramidDrop, from layer 0 on", 0, 1),
-            ("atp", "ATP-LLaVA, after layer 0", 0, 1),
-        )
-    ),
-    Arm("gain_quarter", "`gate_gradient` 0.25", {"gate_gradient": 0.25}, table="constants"),
-    *(
-        Arm(name, says, photon, options, seeds=1, table="constants", **more)
+        Arm(name, says, photon, options, table="constants", **{"seeds": 1} | more)
         for name, says, photon, options, more in (
             ("robust", "15 % of rows with a perturbed scan", {"robust_probability": 0.15}, (), {}),
             ("flip", "5 % of rows keep what they would drop", {"flip_probability": 0.05}, (), {}),
             ("question_first", "the question before the scan", {}, (), {"question_first": True}),
+            ("gain_quarter", "`gate_gradient` 0.25", {"gate_gradient": 0.25}, (), {"seeds": 3}),
             ("gain_four", "`gate_gradient` 4", {"gate_gradient": 4.0}, (), {}),
             ("gain_hundredth", "`gate_gradient` 0.01", {"gate_gradient": 0.01}, (), {}),
             ("slope_half", "`gate_slope` 1.5", {"gate_slope": 1.5}, (), {}),

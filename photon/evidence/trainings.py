@@ -9,6 +9,7 @@ from pathlib import Path
 
 from photon.run_folder import write_whole
 from photon.schedulers import SCHEDULERS
+from photon.training.memory import within_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOMS = (
@@ -99,7 +100,7 @@ def train(folder, arm, seed, preset):
     photon = [f"{name}={json.dumps(value)}" for name, value in arm.photon.items()]
     labels = ["--evidence-weight", "1"] if arm.labelled else []
     method = [] if arm.method is None else ["--scheduler", arm.method, "--keep-ratio", arm.kept]
-    within = arm.method is not None and "vision" in SCHEDULERS[arm.method].needs
+    within = arm.method is not None and within_tower(SCHEDULERS[arm.method])
     stored = [] if within or arm.photon.get("robust_probability") else ["--cache-features"]  # output of whole scans
     resume = ["--resume"] if (run / "run.json").is_file() else []
     run.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,11 @@ def plain_model(model):
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
+def within_tower(scheduler):
+    """Names of what a scheduler, or its class, needs of each token beside the vision tower's output and its place."""
+    return sorted({*scan_features(scheduler)} - {"coordinates"})
+
+
 class FeatureCache:
     """A folder with the vision tower's output of each scan, in the type in which the tower computes it.
 
@@ -55,11 +60,10 @@ class FeatureCache:
                 "--cache-features keeps the vision tower's output, but the tower trains. Freeze it with --parts "
                 "decoder scheduler, or leave --cache-features out."
             )
-        within = {*scan_features(photon.language_model.scheduler)} - {"coordinates"}
-        if within:
+        if within := within_tower(photon.language_model.scheduler):
             raise ValueError(
                 "--cache-features keeps the vision tower's output alone, but the scheduler needs more of it: "
-                f"{', '.join(sorted(within))}. Leave --cache-features out."
+                f"{', '.join(within)}. Leave --cache-features out."
             )
         settings = {"processor": processor.image_processor.settings}
         settings["tower"] = digest_of(photon.config.vision_config.to_dict(), *digest_of_weights(photon.visual))
@@ -101,7 +105,7 @@ class FeatureCache:
         places = inputs["volume_index"].tolist()
         encoded = PhotonVisionOutput(pooler_output=[tokens[number] for number in places])
         if needed := scan_features(photon.language_model.scheduler):  # coordinates, which follow from the grid
-            merge = photon.visual.spatial_merge_size
-            encoded.deepstack_features = [[grid_coordinates(grids[number], merge) for number in places]]
+            coordinates = [grid_coordinates(grid, photon.visual.spatial_merge_size) for grid in grids]
+            encoded.deepstack_features = [[coordinates[number] for number in places]]
             encoded.feature_names = needed
         return inputs | {"mm_encoder_outputs": {"video": encoded}}
