@@ -3,6 +3,7 @@
 #
 #   bash runs/tiny_cpu.sh [FOLDER]        SEED and PYTHON may be set before it
 #   TWIN=1 SEED=1 bash runs/tiny_cpu.sh   another seed, and its twin that is trained on all tokens
+#   PEER=divprune bash runs/tiny_cpu.sh   and the same decoder with a tenth of the tokens by a method of photon/schedulers
 #
 # Minutes of one core: tower 1,100 steps, 23; exact cut 3,000, 34; letters 1,200, 10; settled 1,400, 12; the twin 45. The
 # data take 4 minutes. 4 GB of memory, 9 GB of disk. Run again, it goes on where it was stopped. The result is
@@ -13,6 +14,7 @@ cd "$(dirname "$0")/.."
 FOLDER=${1:-tiny}
 SEED=${SEED:-0}
 TWIN=${TWIN:-0}
+PEER=${PEER:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # glibc would give large blocks back to the system after each operation, and fetch them again for the next
@@ -48,12 +50,20 @@ EXACT=configs/recipe_tiny_exact.yaml
 start "blank$SEED"
 train tower configs/recipe_tiny_tower.yaml "$FOLDER/blank$SEED" train 1100
 start "start$SEED" --tower "$FOLDER/tower/final"
-train "exact$SEED" $EXACT "$FOLDER/start$SEED" train 3000 --cache-features \
-  --soft-start 60 --hard-start 60 --flip-start 60 --budget-end 300
-CUT=(--cache-features --soft-start 0 --hard-start 0 --flip-start 0 --budget-end 1)
-train "letters$SEED" $EXACT "$FOLDER/exact$SEED/final" all 1200 "${CUT[@]}"
-train "settled$SEED" $EXACT "$FOLDER/letters$SEED/final" all 1400 "${CUT[@]}" --seed "$((SEED + 1))" \
-  --learning-rate 7e-4 --muon-learning-rate 1e-3
+# decode FIRST LETTERS SETTLED [ARGUMENTS]: a fresh decoder in three stages of these names
+decode() {
+  local -a more=(--cache-features "${@:4}") cut=(--soft-start 0 --hard-start 0 --flip-start 0 --budget-end 1)
+  train "$1" $EXACT "$FOLDER/start$SEED" train 3000 "${more[@]}" \
+    --soft-start 60 --hard-start 60 --flip-start 60 --budget-end 300
+  train "$2" $EXACT "$FOLDER/$1/final" all 1200 "${more[@]}" "${cut[@]}"
+  train "$3" $EXACT "$FOLDER/$2/final" all 1400 "${more[@]}" "${cut[@]}" --seed "$((SEED + 1))" \
+    --learning-rate 7e-4 --muon-learning-rate 1e-3
+}
+decode "exact$SEED" "letters$SEED" "settled$SEED"
+if [ -n "$PEER" ]; then # what attention in layer 0 learns for its own sake is all that the ranking learns then
+  decode "$PEER$SEED" "${PEER}_letters$SEED" "${PEER}_settled$SEED" --scheduler "$PEER" --keep-ratio 0.1 \
+    --photon surrogate=release saliency_gradient=false robust_probability=0 flip_probability=0 band_weight=0
+fi
 if [ "$TWIN" = 1 ]; then # the same decoder from all tokens, for as many seconds
   DENSE=(--stage dense --parts decoder --pack-questions --questions-together 8 --cache-features)
   train "dense$SEED" $EXACT "$FOLDER/start$SEED" train 2000 "${DENSE[@]}"

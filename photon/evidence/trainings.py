@@ -45,7 +45,9 @@ class Preset:
 
 PRESETS = {
     "full": Preset(2000, 300, steps=500, seeds=3, rows=600, tasks=("presence", "side", "attenuation")),
-    "nine": Preset(2000, 300, steps=3000, seeds=3, rows=1000, arms=("exact", "release", "divprune"), runs="nine"),
+    "nine": Preset(
+        2000, 300, steps=3000, seeds=3, rows=1000, arms=("exact", "release", "gain_quarter", "divprune"), runs="nine"
+    ),
     "smoke": Preset(
         patients=16, test_patients=16, steps=4, seeds=1, rows=24, batch=8, arms=("dense", "exact", "release")
     ),
