@@ -68,7 +68,7 @@ ARMS = (
     Arm("drawn", "no gradient to the ranking, with the exact cut's random gates, 10 %", {"saliency_gradient": False}),
     Arm("labels100", "exact cut, label maps of all patients", labelled=1.0),
     Arm("labels10", "exact cut, label maps of 10 % of patients", labelled=0.1, seeds=1),
-    Arm("labels1", "exact cut, label maps of 1 % of patients", labelled=0.01, seeds=1),
+    Arm("labels1", "exact cut, label maps of 1 % of patients", labelled=0.01),
     Arm("exact30", "exact cut, 30 %", {"keep_budget": 0.3}, seeds=1),
     Arm("exact3", "exact cut, 3 %", {"keep_budget": 0.03}),
     Arm(
