@@ -53,7 +53,7 @@ def load_data(data_args, args, processor, losses, without_decoder=False):
         train = train.filter(lambda task: task in data_args.tasks, input_columns="task")
     if without_decoder:
         train = train.filter(len, input_columns="volumes")  # a row without a scan has no tokens to label
-    check_files(train, any(loss.needs_label_maps for loss in losses))
+    check_files(train, losses)
     for loss in losses:
         loss.check_rows(train)
     train = train.add_column("length", check_rows(train, processor, data_args.max_length))

@@ -25,7 +25,7 @@ from photon.scan_grid_photon import Geometry
 from photon.training import perturbations, sources
 from photon.training.batches import Collator, ScanSampler
 from photon.training.data import check_files, check_rows, load_rows
-from photon.training.losses.evidence import evidence_losses, evidence_tokens
+from photon.training.losses.evidence import EvidenceLoss, evidence_losses, evidence_tokens
 from photon.training.losses.label_maps import LabelMapArguments, LabelMapLoss, TokenLabels
 from photon.training.losses.token_labels import TokenHead
 
@@ -250,8 +250,29 @@ def test_all_missing_scans_are_listed_without_their_names(folder, rows):
     message = str(caught.value)
     assert message.startswith("40 rows") and "Smith" not in message
     assert all(f"missing.jsonl line {number}: scan 1 of 2 is missing" in message for number in range(2, 42))
+
+
+def test_only_rows_that_a_loss_teaches_need_label_maps(folder, processor):
+    """Scan 0 is asked about twice, and only the second row names evidence: its label map is read all the same."""
+    organs = sitk.ReadImage(str(folder / "scans" / "0.nii.gz")) * 0 + 1
+    sitk.WriteImage(sitk.Cast(organs, sitk.sitkUInt8), str(folder / "organs.nii.gz"))
+    named = {"labels": ["organs.nii.gz"], "evidence": [1]}
+    found = load_rows(write_rows(folder / "few.jsonl", [*ROWS, ROWS[0] | named]), columns=EvidenceLoss.columns)
+    evidence, tokens = (
+        type("Named", (Base,), {"name": None, "weight": "token_label_classes"})(LabelMapArguments(3), None, processor)
+        for Base in (EvidenceLoss, LabelMapLoss)
+    )
+    check_files(found, [evidence])
+    with pytest.warns(UserWarning, match="1 of 3 training rows with scans"):
+        evidence.check_rows(found)
+    with pytest.raises(RowError, match="(?s)2 rows.*line 1: no 'labels'.*line 2: no 'labels'"):
+        check_files(found, [evidence, tokens])
+    missing = load_rows(write_rows(folder / "absent.jsonl", [ROWS[0] | {"evidence": [1]}]), columns=evidence.columns)
     with pytest.raises(RowError, match="line 1: no 'labels'"):
-        check_files(rows, label_maps=True)
+        check_files(missing, [evidence])
+    targets = Collator(processor, 1000, losses=[evidence])(list(found))["targets"]["token_targets"]
+    assert [target is None for target in targets] == [False, True, True]
+    assert targets[0][:, :, 0].sum(-1).allclose(torch.ones(12, 4)) and targets[0][..., 0, 1].max() > 0.5
 
 
 def test_lengths_are_those_of_the_batch_and_cut_answers_are_refused(rows, processor):

@@ -121,7 +121,7 @@ def train(folder, arm, seed, preset):
 
 
 def training_rows(folder, arm):
-    """The file of an arm's training rows: with `labelled` the first patients keep their `evidence` and the others have
+    """The file of an arm's training rows: with `labelled` the first patients keep their label maps and the others have
     none, with `question_first` the question stands before the scans."""
     whole = folder / "train" / "train.jsonl"
     if not (arm.labelled or arm.question_first):
@@ -134,7 +134,8 @@ def training_rows(folder, arm):
         else:
             patients = sorted({row["patient"] for row in rows})
             kept = set(patients[: max(1, round(arm.labelled * len(patients)))])
-            rows = (row if row["patient"] in kept else {**row, "evidence": []} for row in rows)
+            unknown = {"labels": [], "lesions": [], "evidence": []}
+            rows = (row if row["patient"] in kept else row | unknown for row in rows)
         write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file
 

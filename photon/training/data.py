@@ -201,8 +201,9 @@ def _text(message):
 # === Checks before training ==========================================================================================
 
 
-def check_files(rows, label_maps=False):
-    """Raises `RowError` that lists every row with a scan, or a label map, whose file does not exist."""
+def check_files(rows, losses=()):
+    """Raises `RowError` that lists every row with a scan, or a label map that one of the losses needs, whose file does
+    not exist."""
     faults, known = [], {}
 
     def exists(path):
@@ -210,9 +211,10 @@ def check_files(rows, label_maps=False):
             known[path] = os.path.exists(path)
         return known[path]
 
-    for row in rows.select_columns(["where", "volumes", "labels", "lesions"]):
+    columns = ["where", "volumes", "labels", "lesions", *{name for loss in losses for name in loss.columns}]
+    for row in rows.select_columns(columns):
         paths = [(f"scan {i}", volume["path"]) for i, volume in enumerate(row["volumes"], start=1)]
-        if label_maps:
+        if any(loss.needs_label_maps(row) for loss in losses):
             if len(row["labels"]) != len(row["volumes"]):
                 faults.append(f"{row['where']}: no 'labels', which a loss from label maps needs")
             for name in ("labels", "lesions"):

@@ -54,14 +54,13 @@ class Loss:
         weight: name of the argument with its weight.
         Arguments: dataclass of its arguments, which become options of `train_hf.py`.
         columns: {name: feature of `datasets`} of the rows that it needs beyond those that every row has.
-        needs_label_maps: whether each scan must have a label map (`labels` in its row).
         needs_logits: whether it looks at the outputs' `logits`, which are left out otherwise.
         needs_decoder: False for a loss that needs only the vision tower (`--token-labels-alone`).
     """
 
     name = weight = Arguments = None
     columns = {}
-    needs_label_maps, needs_logits, needs_decoder = False, False, True
+    needs_logits, needs_decoder = False, True
     module = None  # an `nn.Module` that learns with the model, under the name `module_name`, and is not saved with it
     module_name = None
 
@@ -80,6 +79,10 @@ class Loss:
 
     def __init__(self, arguments, model, processor, cache_dir=None):
         self.arguments, self.factor = arguments, getattr(arguments, self.weight)
+
+    def needs_label_maps(self, row):
+        """Whether each scan of this row must have a label map (`labels`)."""
+        return False
 
     def check_rows(self, rows):
         """Raises `RowError` where the training rows (a `Dataset`) lack what this loss needs."""

@@ -1,9 +1,10 @@
 """Keeps what a question is about, from label maps: teaches the scheduler (`--evidence-weight`).
 
 A row's `evidence` names the labels that its question is about. The tokens that hold them are to be kept, all others
-are to be dropped.
+are to be dropped. Rows without `evidence` need no label map and learn from their answers alone.
 """
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,9 @@ class EvidenceLoss(LabelMapLoss):
     name, weight, Arguments = "evidence_loss", "evidence_weight", EvidenceArguments
     columns = {"evidence": List(Value("int64"))}
 
+    def needs_label_maps(self, row):
+        return bool(row["evidence"])
+
     def check_rows(self, rows):
         highest = max(max(labels, default=0) for labels in rows["evidence"])
         classes = self.arguments.token_label_classes
@@ -35,6 +39,13 @@ class EvidenceLoss(LabelMapLoss):
             raise RowError(
                 f"--evidence-weight: the highest label in the training rows' 'evidence' is {highest or 'none'}; "
                 f"expected labels from 1 to {classes - 1} (--token-label-classes)."
+            )
+        named = [bool(labels) for labels, scans in zip(rows["evidence"], rows["volumes"], strict=True) if scans]
+        if not all(named):
+            warnings.warn(
+                f"{sum(named)} of {len(named)} training rows with scans name 'evidence'; the others learn from their "
+                "answers alone.",
+                stacklevel=2,
             )
 
     def add_targets(self, rows, batch, targets):

@@ -78,18 +78,21 @@ class TokenLabels:
 
 
 class LabelMapLoss(Loss):
-    """A loss with `token_targets`: for each volume (T, P, 2, C) of `TokenLabels`."""
-
-    needs_label_maps = True
+    """A loss with `token_targets`: for each volume (T, P, 2, C) of `TokenLabels`, `None` where no row needs them."""
 
     def __init__(self, arguments, model, processor, cache_dir=None):
         super().__init__(arguments, model, processor, cache_dir)
         self.token_labels = TokenLabels(processor.image_processor, arguments.token_label_classes, cache_dir)
 
+    def needs_label_maps(self, row):
+        return True
+
     def add_targets(self, rows, batch, targets):
-        if "token_targets" in targets or "volume_index" not in batch:  # another loss has read them; no scans
+        if "volume_index" not in batch:  # no scans
             return
-        places = [(row, number) for row in rows for number in range(len(row["volumes"]))]
         index = batch["volume_index"].tolist()
-        first = [places[index.index(volume)] for volume in range(max(index) + 1)]
-        targets["token_targets"] = [self.token_labels(row, number) for row, number in first]
+        found = targets.setdefault("token_targets", [None] * (max(index) + 1))  # another loss may have read some
+        places = ((row, number) for row in rows for number in range(len(row["volumes"])))
+        for volume, (row, number) in zip(index, places, strict=True):
+            if found[volume] is None and self.needs_label_maps(row):
+                found[volume] = self.token_labels(row, number)
