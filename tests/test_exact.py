@@ -130,6 +130,26 @@ def test_a_gate_is_open_as_often_as_its_probability_says():
         assert float(gates.min()) >= 0 and float(gates.max()) <= 1
 
 
+def test_a_key_has_its_gate_as_the_weight():
+    """What is added to a visual key's logits is the gate's logarithm, so that its attention is multiplied by the gate:
+    another function of the gate would be as exact, and of another objective."""
+    model, schedules = exact_model(scheduler_layer=-1), []
+    scheduler = model.model.language_model.scheduler
+
+    def same_noise(*_):
+        torch.manual_seed(5)
+
+    scheduler.register_forward_pre_hook(same_noise)
+    scheduler.register_forward_hook(lambda module, args, schedule: schedules.append(schedule))
+    step(model, "soft")
+    (schedule,) = schedules
+    torch.manual_seed(5)
+    gate = hard_concrete(schedule.keep_prob.logit() + gate_offset(model.config), model.config)  # (B, V)
+    drawn = schedule.keep_mask & (gate > 0)  # a token that stays against its gate has none
+    assert 20 < drawn.sum() < schedule.visual_count.sum() and ((gate > 0.1) & (gate < 0.9))[drawn].any()
+    torch.testing.assert_close(schedule.log_gate[drawn].exp(), gate[drawn], atol=1e-4, rtol=1e-3)
+
+
 def test_a_step_moves_which_tokens_are_kept_not_how_many():
     """The level's gradient is taken out: the expected share of the batch has none."""
     model = exact_model(scheduler_layer=-1)
