@@ -5,8 +5,8 @@
 #   TWIN=1 SEED=1 bash runs/tiny_cpu.sh   another seed, and its twin that is trained on all tokens
 #   PEER=divprune bash runs/tiny_cpu.sh   and the same decoder with a tenth of the tokens by a method of photon/schedulers
 #
-# Minutes of one core: tower 1,100 steps, 23; exact cut 3,000, 34; letters 1,200, 10; settled 1,400, 12; the twin 45. The
-# data take 4 minutes. 4 GB of memory, 9 GB of disk. Run again, it goes on where it was stopped. The result is
+# Minutes of one core: tower 1,100 steps, 23; exact cut 3,000, 34; letters 1,200, 10; settled 1,400, 12; the twin 45; a
+# peer 40. The data take 4 minutes. 4 GB of memory, 9 GB of disk. Run again, it goes on where it was stopped. The result is
 # FOLDER/settled$SEED/final; the weights of this repository are settled0's. scripts/tiny_report.sh makes the table and
 # pictures of docs/tiny_model.md.
 set -euo pipefail
